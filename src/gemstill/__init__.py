@@ -1,0 +1,1 @@
+"""gemstill: make and run strong small language models."""
