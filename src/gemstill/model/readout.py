@@ -1,0 +1,53 @@
+"""What the head does with the last hidden states: the argument `readout` of Transformer.forward.
+
+A readout is any callable of (hidden [B, T, D], head [V, D], softcap or None). It is called inside
+`forward`, so that a head that is sharded or tied is touched only while it is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemstill.ops.loss import linear_cross_entropy, log_probs
+from gemstill.ops.target import Target
+
+Readout = Callable[[Tensor, Tensor, float | None], Any]
+
+
+def logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    """The logits [B, T, V] of every position, capped; float32, or float64 for float64."""
+    out = F.linear(hidden, head.to(hidden.dtype))
+    out = out if out.dtype == torch.float64 else out.float()
+    return out if softcap is None else softcap * torch.tanh(out / softcap)
+
+
+def last_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    """The logits [B, V] of the last position of each row."""
+    return logits(hidden[:, -1], head, softcap)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The weighted sum of cross-entropies to a target of B·T rows: a float32 scalar (see linear_cross_entropy)."""
+
+    target: Target
+    hard: tuple[Tensor, float] | None = None
+
+    def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+        return linear_cross_entropy(hidden.flatten(0, 1), head, self.target, softcap=softcap, hard=self.hard)
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities [B, T] float32 of one chosen token at each position. ids: [B, T] int64. No gradient."""
+
+    ids: Tensor
+
+    def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+        return log_probs(hidden.flatten(0, 1), head, self.ids.flatten(), softcap=softcap).view(self.ids.shape)

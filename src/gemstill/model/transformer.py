@@ -1,0 +1,251 @@
+"""The network, top to bottom: RMSNorm, rotary embedding, gated MLP, attention, block, Transformer.
+
+Shapes: B batch, T time, D hidden_size, H query heads, G key-value heads, d head_dim, V vocabulary.
+Parameters keep their storage dtype; every product casts its weights to the dtype of its input, so a
+run computes in bfloat16 from float32 masters, or in float32 from bfloat16 weights, alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gemstill.core.errors import Error
+from gemstill.model.cache import Cache, LayerCache
+from gemstill.model.config import ModelConfig
+from gemstill.model.readout import Readout, logits
+from gemstill.ops.attention import attention
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm (arXiv 1910.07467) with Gemma's unit offset: y = x / √(mean(x²) + eps) · (1 + weight).
+
+    x and y: [..., size], any float dtype; computed in float32. weight: [size].
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()  # a mean of squares needs more than bfloat16's 8 bits
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        # Widen before adding: in bfloat16, 1 + 0.003 is 1.
+        return (wide * (1 + self.weight.to(wide.dtype))).type_as(x)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, T, d/2] float32 of rotary embedding (arXiv 2104.09864) at positions [B, T]."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x[i], x[i + d/2]) of x [B, H, T, d] by its position's angle; in float32 at least."""
+    cos, sin = angles
+    wide = x if x.dtype == torch.float64 else x.float()
+    a, b = wide.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)
+
+
+def fused_linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Several linear maps of the same x as one product; the cast to x's dtype makes the joint matrix anyway."""
+    weights = [layer.weight.to(x.dtype) for layer in layers]
+    out = F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
+    return out.split([len(weight) for weight in weights], -1)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+class MLP(nn.Module):
+    """GeGLU: down(gelu(gate(x)) · up(x)), with the tanh form of gelu. x: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = _linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = _linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = fused_linear(x, self.gate_proj, self.up_proj)
+        return fused_linear(F.gelu(gate, approximate="tanh") * up, self.down_proj)[0]
+
+
+class Where(NamedTuple):
+    """Where the T tokens stand. ordered: positions rise by one from token to token within a document."""
+
+    positions: Tensor  # [B, T] int64
+    documents: Tensor  # [B, T] int64
+    angles: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # rotary cosines and sines of (global, local) layers
+    ordered: bool
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with soft cap; local layers see `sliding_window` tokens. x: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.softcap = config.attn_logit_softcap
+        self.local = config.is_local(layer)
+        self.window = config.sliding_window if self.local else None
+        self.q_proj = _linear(config.hidden_size, config.num_heads * config.head_dim)
+        self.k_proj = _linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.v_proj = _linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.o_proj = _linear(config.num_heads * config.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, where: Where, cache: LayerCache | None, start: int) -> Tensor:
+        B, T, _ = x.shape
+        positions, documents, angles, ordered = where
+        q, k, v = (
+            part.view(B, T, -1, self.head_dim).transpose(1, 2)
+            for part in fused_linear(x, self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, angles[self.local]), rotate(k, angles[self.local])
+        k_positions, k_documents = positions, documents
+        if cache is not None:
+            k, v, k_positions = cache.extend(k, v, torch.where(documents < 0, -1, positions), start)
+            k_documents = torch.where(k_positions < 0, -1, 0)
+        out = attention(
+            q, k, v, positions, k_positions, documents, k_documents,
+            scale=self.scale, softcap=self.softcap, window=self.window, ordered=ordered,
+        )  # fmt: skip
+        return fused_linear(out.transpose(1, 2).reshape(B, T, -1), self.o_proj)[0]
+
+
+class Block(nn.Module):
+    """One layer: x + norm(attention(norm(x))), then x + norm(mlp(norm(x))) (Table 1: pre- and post-norm)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps)
+        self.mlp = MLP(config)
+        self.post_feedforward_layernorm = RMSNorm(size, eps)
+
+    def forward(self, x: Tensor, where: Where, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), where, cache, start))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Transformer(nn.Module):
+    """Gemma 2 (report, section 2): embedding, blocks, final norm, and a head that is the embedding when tied.
+
+    compute_dtype: of all products and activations; None means the parameters' own. checkpointing:
+    whether training keeps only each block's input and computes the rest again in backward.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_embeddings else _linear(config.hidden_size, config.vocab_size)
+        self._run_block: Any = Block.__call__
+        if not self.embed_tokens.weight.is_meta:
+            self.initialize(seed)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw all weights anew, each a function of (seed, its name), so that any sharding starts alike.
+
+        Matrices: normal of deviation 1/√inputs; embedding: 1/√hidden_size, which the embedding's scale
+        turns into unit variance; norms: a gain of one.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                parameter.zero_()
+                continue
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks by torch.compile: one graph for local and one for global layers, not one a layer."""
+        self._run_block = torch.compile(Block.forward, dynamic=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        readout: Readout | None = None,
+    ) -> Any:
+        """Run the network on tokens [B, T] int64.
+
+        positions: [B, T] int64, of each token within its document; by default counted up from where the
+        cache stands, or from 0 at the start of each document. documents: [B, T] int64, equal for tokens of
+        the same document, which must lie together; below 0 for padding, which nobody sees; default one
+        document. cache: keys and values of earlier tokens, extended in place; it holds one document a row.
+        readout: what becomes of the last hidden states (see gemstill.model.readout).
+
+        Returns the readout's result: logits [B, T, V] float32 by default.
+
+        Raises:
+            Error: tokens that are not [B, T], or more tokens than the cache holds.
+        """
+        if tokens.ndim != 2:
+            raise Error(f"tokens of shape {list(tokens.shape)} are not [batch, time]", where="model")
+        if cache is not None and cache.length + tokens.shape[1] > cache.capacity:
+            raise Error(f"{cache.length + tokens.shape[1]} tokens do not fit a cache of {cache.capacity}", where="model")
+        documents = torch.zeros_like(tokens) if documents is None else documents.long()
+        ordered = positions is None and cache is None
+        if positions is None:
+            positions = _count(documents, cache)
+        theta = self.config.rope_theta
+        angles = rotary_angles(positions, self.config.head_dim, theta)
+        local = self.config.rope_local_theta
+        local_angles = angles if local is None else rotary_angles(positions, self.config.head_dim, local)
+        where = Where(positions, documents, (angles, local_angles), ordered)
+
+        embedding = self.embed_tokens(tokens)
+        x = embedding.to(self.compute_dtype or embedding.dtype)
+        # The scale is rounded to the compute dtype, as the published weights were trained with it.
+        x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
+        start = 0 if cache is None else cache.length
+        for number, layer in enumerate(self.layers):
+            state = None if cache is None else cache.layers[number]
+            if self.checkpointing and self.training and state is None:
+                x = checkpoint(self._run_block, layer, x, where, use_reentrant=False)
+            else:
+                x = self._run_block(layer, x, where, state, start)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return (readout or logits)(self.norm(x), head, self.config.final_logit_softcap)
+
+
+def _count(documents: Tensor, cache: Cache | None) -> Tensor:
+    """Positions that count up within each document; with a cache, from where each of its rows stands."""
+    if cache is not None:
+        real = (documents >= 0).long()
+        positions = cache.next_position[:, None] + real.cumsum(1) - real
+        cache.next_position = cache.next_position + real.sum(1)
+        return positions
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    first = torch.zeros_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(first, index, 0).cummax(1).values

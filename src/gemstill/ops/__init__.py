@@ -1,0 +1,1 @@
+"""Functions of tensors, torch alone: usable in anyone's loop."""

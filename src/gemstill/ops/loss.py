@@ -1,0 +1,120 @@
+"""The loss over a vocabulary, without ever holding the [tokens, vocabulary] logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gemstill.core.errors import Error
+from gemstill.ops.target import Target
+
+TILE = 1 << 20  # logits held at once, elements
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    target: Target,
+    *,
+    softcap: float | None = None,
+    hard: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    """Weighted sum over rows of the cross-entropy from a (sparse) target to softmax(cap(hidden·headᵀ)).
+
+    A row's loss is (Σp)·lse(z) − Σ p·z with z = c·tanh(hidden·headᵀ/c): forward cross-entropy (Gemma 2
+    report, section 3), unbiased for an unbiased target since it is linear in p. Σp is kept as it is.
+
+    hidden: [N, D] float32, bfloat16 or float64; products are taken in its dtype. head: [V, D], any float
+    dtype. target: N rows. hard: (labels [N] int64, fraction f) learns from (1 − f)·target + f·label.
+    Returns a scalar in float32 (float64 for float64). Gradients flow to hidden and head; the head's is
+    summed in float32. They are computed with the loss, tile by tile, so that no logits are kept.
+
+    Raises:
+        Error: shapes that do not fit, or a fraction outside [0, 1].
+    """
+    ids, probs, weight = target
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise Error(f"hidden {list(hidden.shape)} and head {list(head.shape)} should be [N, D] and [V, D]", where="loss")
+    if ids.shape != probs.shape or len(ids) != len(hidden) or len(weight) != len(hidden):
+        shapes = f"ids {list(ids.shape)}, probs {list(probs.shape)}, weight {list(weight.shape)}"
+        raise Error(f"a target of {shapes} does not fit {len(hidden)} rows", where="loss")
+    if hard is not None:
+        labels, fraction = hard
+        if not 0 <= fraction <= 1:
+            raise Error(f"the fraction of hard labels is {fraction}", where="loss", fix="it lies between 0 and 1")
+        ids = torch.cat([ids, labels.reshape(-1, 1)], 1)
+        probs = torch.cat([probs * (1 - fraction), probs.new_full((len(ids), 1), fraction)], 1)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, head, ids, probs, weight, softcap)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def log_probs(hidden: Tensor, head: Tensor, ids: Tensor, *, softcap: float | None = None) -> Tensor:
+    """log softmax(cap(hidden·headᵀ)) at one id a row: hidden [N, D], head [V, D], ids [N] -> [N] float32. No gradient."""
+    with torch.no_grad():
+        cast = head.to(hidden.dtype)
+        parts = []
+        for rows in _tiles(len(hidden), len(head)):
+            z = _capped(F.linear(hidden[rows], cast), softcap)
+            parts.append(z.gather(1, ids[rows, None])[:, 0] - z.logsumexp(1))
+        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _tiles(rows: int, vocab: int) -> list[slice]:
+    count = -(-rows // max(1, TILE // vocab))
+    edges = [rows * i // count for i in range(count + 1)] if count else []
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _capped(x: Tensor, softcap: float | None) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide if softcap is None else softcap * torch.tanh(wide / softcap)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, ids: Tensor, probs: Tensor, weight: Tensor, softcap: float | None
+    ) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        cast = head.to(hidden.dtype)
+        loss = hidden.new_zeros((), dtype=wide)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if ctx.needs_input_grad[1] else None
+        probs, weight = probs.to(wide), weight.to(wide)
+        for rows in _tiles(len(hidden), len(head)):
+            x = hidden[rows]
+            z = _capped(F.linear(x, cast), softcap)
+            p = probs[rows] * weight[rows, None]
+            total = p.sum(1, keepdim=True)
+            lse = z.logsumexp(1, keepdim=True)
+            picked = z.gather(1, ids[rows])
+            loss += (total * lse).sum() - (p * picked).sum()
+            if d_hidden is None and d_head is None:
+                continue
+            # d loss / d z = (Σp)·softmax(z) − p, then through the cap, whose slope is 1 − (z/c)².
+            slope = 1.0 if softcap is None else 1 - (z / softcap).square_()
+            g = z.sub_(lse).exp_().mul_(total).scatter_add_(1, ids[rows], -p).mul_(slope).to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(g, cast, out=d_hidden[rows])
+            if d_head is not None:
+                d_head += g.T @ x
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.head_dtype = head.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_head = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden.mul(grad.to(d_hidden.dtype)),
+            None if d_head is None else d_head.mul(grad).to(ctx.head_dtype),
+            None,
+            None,
+            None,
+            None,
+        )
