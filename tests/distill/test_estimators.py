@@ -44,8 +44,13 @@ def test_the_mean_of_many_draws_is_the_teachers_distribution(name, scale):
     assert_sound(draw._replace(**{k: v[:200] for k, v in draw._asdict().items()}), vocab)
     known = p[0].double()
     exact, drawn = int(draw.exact[0]), int(draw.drawn[0])
-    step = 1 / estimator.parameter if estimator.name == "sample" else float(draw.probs[0, exact : exact + drawn].max())
-    error = (known * (step - known)).clamp(min=0).sqrt() / times**0.5
+    if estimator.name == "sample":
+        step = 1 / estimator.parameter
+        variance = known * (1 - known) * step
+    else:
+        step = float(draw.probs[0, exact : exact + drawn].max())
+        variance = (known * (step - known)).clamp(min=0)  # nothing for entries kept exactly
+    error = (variance / times).sqrt()
     # 101 nearly normal scores: beyond 4.5 standard errors happens once in 1,500 such tests; the seed is fixed.
     # An entry so rare that a handful of draws hit it is not normal yet: four draws more are no surprise.
     assert bool(((as_dense(draw, vocab).mean(0) - known).abs() <= 4.5 * error + 4 * step / times).all())
