@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 OVERRIDE = "GEMSTILL_PRECISION"  # float32 or bfloat16, whatever the probe says
 _VERSION = 1  # of the cached record
 _PASSES = 3
-_SECONDS = 0.06  # spent on each of the four measurements in one pass
-_SMALL, _SIZE = 256, 1024  # of the square products
+_SECONDS = 0.04  # spent on each of the four measurements in one pass
+_SIZES = (256, 512, 1024)  # of the square products: the largest that takes no longer than _LONG seconds,
+_LONG = 0.1  # because a dtype without a fast path may be a thousand times slower
 _BYTES = 256 * 2**20  # read for the bandwidth: more than any cache
 _WORTH = 1.3  # bfloat16 also costs casts: it must be this much faster to be chosen
 
@@ -113,7 +114,7 @@ def _best(work: Callable[[], object]) -> float:
     """Seconds of the fastest of several rounds of `work`."""
     begin = time.perf_counter()
     best, rounds = float("inf"), 0
-    while rounds < 3 or time.perf_counter() - begin < _SECONDS:
+    while rounds == 0 or time.perf_counter() - begin < _SECONDS:
         start = time.perf_counter()
         work()
         best, rounds = min(best, time.perf_counter() - start), rounds + 1
@@ -121,7 +122,7 @@ def _best(work: Callable[[], object]) -> float:
 
 
 def _product(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    """A product in `dtype` and its operations in 1e9: small where the dtype has no fast path and would take seconds."""
+    """A product in `dtype`, as large as takes a moment, and its operations in 1e9."""
     import torch
 
     multiply = torch._int_mm if dtype == torch.int8 else torch.mm
@@ -130,10 +131,12 @@ def _product(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
         left, right = torch.ones(size, size).to(dtype), torch.ones(size, size).to(dtype)
         return functools.partial(multiply, left, right)
 
-    small = sized(_SMALL)
-    small()  # the first call sets up threads and kernels
-    slow = 2e-9 * _SMALL**3 / _best(small) < 3
-    size = _SMALL if slow else _SIZE
+    size = _SIZES[0]
+    sized(size)()  # the first call sets up threads and kernels
+    for larger in _SIZES[1:]:
+        if _best(sized(larger)) > _LONG:
+            break
+        size = larger
     return sized(size), 2e-9 * size**3
 
 
