@@ -1,0 +1,1 @@
+"""Tokenizers: opening one, training one."""

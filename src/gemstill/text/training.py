@@ -1,0 +1,170 @@
+"""Train a tokenizer with SentencePiece and save it for everyone who may open it."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from gemstill.core import files
+from gemstill.core.errors import Error
+from gemstill.text.tokenizer import SPACE, Tokenizer, valid_text
+
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", START_OF_TURN, END_OF_TURN)  # their ids are their places
+SENTENCE = 4000  # characters in one training sentence; SentencePiece drops sentences that are too long
+SAMPLE = 200_000_000  # characters SentencePiece is shown at most: it keeps them in memory several times over
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
+    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str], folder: str | Path, vocab_size: int, *, multiple_of: int = 1, sample: int = SAMPLE
+) -> Tokenizer:
+    """Train a tokenizer on `texts` as the Gemma family's is made, and save it to `folder`.
+
+    BPE with byte fallback, digits split, whitespace kept, no normalisation (Gemma 2 report, section
+    2). `folder` gets tokenizer.model (SentencePiece, llama.cpp's converter), tokenizer.json
+    (tokenizers) and tokenizer_config.json (transformers), which all give the same ids. The result is
+    a function of the set of texts (more than `sample` characters: of a sample drawn by their hashes).
+
+    Args:
+        texts: documents of any length; lone surrogates count as U+FFFD.
+        vocab_size: entries in all, controls and byte pieces included; rounded up to `multiple_of`.
+
+    Raises:
+        Error: no text, too little text for so many entries, or the folder cannot be written.
+    """
+    vocab_size = -(-vocab_size // multiple_of) * multiple_of
+    smallest = len(CONTROL) + 256 + 1
+    if vocab_size < smallest:
+        raise Error(f"a vocabulary of {vocab_size} is too small", fix=f"ask for at least {smallest} entries")
+    model = _train_sentencepiece(_sentences(_sampled(texts, sample)), vocab_size)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    with files.writing(folder, folder=True) as temporary:
+        (temporary / "tokenizer.model").write_bytes(model)
+        (temporary / "tokenizer.json").write_text(_tokenizer_json(processor), encoding="utf-8")
+        files.write_json(temporary / "tokenizer_config.json", _tokenizer_config())
+    return Tokenizer.open(folder)
+
+
+def _sampled(texts: Iterable[str], limit: int) -> list[str]:
+    """Documents of at most `limit` characters in all, those with the smallest hashes: no order, no bias."""
+    heap: list[tuple[int, str]] = []
+    size = 0
+    for text in texts:
+        text = valid_text(text)
+        digest = hashlib.sha256(text.encode()).digest()
+        heapq.heappush(heap, (-int.from_bytes(digest[:8], "big"), text))
+        size += len(text)
+        while size > limit and len(heap) > 1:
+            size -= len(heapq.heappop(heap)[1])
+    return [text for _, text in sorted(heap, reverse=True)]
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Cut texts near `SENTENCE` characters, before a space where there is one, so that no word is torn."""
+    for text in texts:
+        start = 0
+        while len(text) - start > SENTENCE:
+            cut = text.find(" ", start + SENTENCE // 2, start + SENTENCE)
+            cut = cut if cut > start else start + SENTENCE
+            yield text[start:cut]
+            start = cut
+        if start < len(text):
+            yield text[start:]
+
+
+def _train_sentencepiece(sentences: Iterator[str], vocab_size: int) -> bytes:
+    """The bytes of a SentencePiece model. Raises Error, with the largest size possible, for too little text."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            byte_fallback=True,
+            required_chars="\n\t",
+            max_sentence_length=4 * SENTENCE + 1,
+            **{f"{name}_id": CONTROL.index(f"<{name}>") for name in ("pad", "eos", "bos", "unk")},
+            **{f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
+            control_symbols=list(CONTROL[4:]),
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        fix = "give more text or ask for fewer entries"
+        message = " ".join(str(error).split())
+        raise Error(f"no vocabulary of {vocab_size} entries could be made of this text ({message})", fix=fix) from error
+    return model.getvalue()
+
+
+def _tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
+    """The tokenizer.json that gives `processor`'s ids.
+
+    SentencePiece merges the adjacent pair whose joint piece has the best score, whichever two pieces
+    it is made of. A merge list has to name every such pair, best piece first; a list with one pair a
+    piece, as BPE training leaves it, gives other ids. Control and byte pieces are never the outcome of
+    a merge, however they are spelled.
+    """
+    size = processor.get_piece_size()
+    vocab = {processor.id_to_piece(id): id for id in range(size)}
+    normal = {
+        piece: id
+        for piece, id in vocab.items()
+        if not (processor.is_control(id) or processor.is_byte(id) or processor.is_unknown(id))
+    }
+    merges: list[tuple[str, str]] = []
+    for piece in sorted(normal, key=lambda piece: (-processor.get_score(normal[piece]), normal[piece])):
+        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        merges += [(left, right) for left, right in cuts if left in normal and right in normal]
+    fast = tokenizers.Tokenizer(BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Replace(" ", SPACE)
+    # Finds no space after the normaliser; there because transformers' Gemma class has it too.
+    fast.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    bos = CONTROL.index("<bos>")
+    fast.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", bos)]
+    )
+    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
+    text: str = fast.to_str(pretty=False)
+    return text
+
+
+def _tokenizer_config() -> dict[str, object]:
+    """What transformers reads beside tokenizer.json."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "tokenizer_class": "GemmaTokenizer",
+        "added_tokens_decoder": {str(id): {"content": token, **flags} for id, token in enumerate(CONTROL)},
+        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
+        "mask_token": None,  # the class would otherwise append one to the vocabulary
+        "additional_special_tokens": list(CONTROL[4:]),
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "spaces_between_special_tokens": False,
+        "sp_model_kwargs": {},
+        "model_max_length": 1000000000000000019884624838656,
+        "chat_template": CHAT_TEMPLATE,
+    }
