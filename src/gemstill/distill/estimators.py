@@ -77,11 +77,11 @@ class Estimator:
         return {"sample": int(self.parameter), "threshold": 1}.get(self.name, 0)
 
     def __call__(self, probs: Tensor, u: Tensor) -> Draw:
-        """Estimate probs [N, V] with the uniform numbers u [N, uniforms] float64."""
+        """Estimate probs [N, V] with the uniform numbers u [N, uniforms or more] float64."""
         if self.name == "threshold":
             return threshold(probs, self.parameter, u[:, 0])
         if self.name == "sample":
-            return sample(probs, u)
+            return sample(probs, u[:, : self.uniforms])
         return topk(probs, int(self.parameter)) if self.name == "topk" else dense(probs)
 
 
