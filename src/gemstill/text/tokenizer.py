@@ -91,6 +91,11 @@ class Tokenizer:
         found: int | None = self._fast.token_to_id(token)
         return found
 
+    @property
+    def control_ids(self) -> set[int]:
+        """The ids of all control tokens, which no text is made of."""
+        return {number for number, token in self._fast.get_added_tokens_decoder().items() if token.special}
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of `text`, without BOS. special: read control tokens spelled in it as such (templates do)."""
         return self.encode_batch([text], special=special)[0]

@@ -1,0 +1,1 @@
+"""Weights in and out, in the formats that other people's software opens."""
