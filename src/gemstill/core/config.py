@@ -39,7 +39,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse(cls: type[T], source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> T:
+Override = str | tuple[str, Any]  # "a.b=c" with c in YAML, or the dotted name and the value itself
+
+
+def parse(cls: type[T], source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[Override] = ()) -> T:
     """Build `cls`, a dataclass, from a YAML file (or a mapping) with `overrides` ("a.b=c") over it.
 
     Raises:
@@ -52,9 +55,9 @@ def parse(cls: type[T], source: str | Path | Mapping[str, Any] | None = None, ov
     data = _read(Path(source)) if isinstance(source, str | Path) else _copy(source or {})
     origin: dict[Place, str] = {}
     for override in overrides:
-        place, value = _split(override)
-        _put(data, place, value, override)
-        origin[place] = f"--set {override}"
+        place, value, said = _split(override)
+        _put(data, place, value, said)
+        origin[place] = said
 
     def where(place: Place) -> str:
         for length in range(len(place), 0, -1):
@@ -97,9 +100,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class Field(typing.NamedTuple):
     """One line of a recipe, for help texts."""
 
-    name: str  # dotted: "optimizer.learning_rate"
+    name: str  # dotted: "optimizer.learning_rate"; the entries of a list are number 0: "data.sources.0.folder"
     type: str
-    default: str  # "" where a value is required
+    default: str | None  # None where a value is required
     help: str  # the comment that stands beside or above the field
 
 
@@ -107,17 +110,16 @@ def fields(cls: type[Any], prefix: str = "") -> list[Field]:
     """All fields of a configuration, nested ones by their dotted names, with their comments as help."""
     hints, comments, found = typing.get_type_hints(cls), _comments(cls), []
     for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            found += fields(hint, f"{prefix}{field.name}.")
+        inner, many = _dataclasses_in(hints[field.name])
+        if inner is not None:
+            found += fields(inner, f"{prefix}{field.name}.0." if many else f"{prefix}{field.name}.")
             continue
+        default: str | None = None
         if field.default is not dataclasses.MISSING:
-            default = str(_plain(field.default))
+            default = _shown(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            default = str(_plain(field.default_factory()))
-        else:
-            default = ""
-        found.append(Field(prefix + field.name, _type_name(hint), default, comments.get(field.name, "")))
+            default = _shown(field.default_factory())
+        found.append(Field(prefix + field.name, _type_name(hints[field.name]), default, comments.get(field.name, "")))
     return found
 
 
@@ -145,18 +147,24 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _split(override: str) -> tuple[Place, Any]:
-    name, equals, text = override.partition("=")
-    if not equals or not name.strip():
-        raise Error("is no setting", where=f"--set {override}", fix="write --set path.to.field=value")
-    try:
-        value = yaml.load(text, Loader=_Loader) if text else ""
-    except yaml.YAMLError:
-        value = text
-    return tuple(int(part) if part.isdigit() else part for part in name.strip().split(".")), value
+def _split(override: Override) -> tuple[Place, Any, str]:
+    """The place, the value, and how the user said it."""
+    if isinstance(override, str):
+        said = f"--set {override}"
+        name, equals, text = override.partition("=")
+        if not equals or not name.strip():
+            raise Error("is no setting", where=said, fix="write --set path.to.field=value")
+        try:
+            value = yaml.load(text, Loader=_Loader) if text else ""
+        except yaml.YAMLError:
+            value = text
+    else:
+        name, value = override
+        said = f"--{name.replace('_', '-')} {value}"
+    return tuple(int(part) if part.isdigit() else part for part in name.strip().split(".")), value, said
 
 
-def _put(data: Any, place: Place, value: Any, override: str) -> None:
+def _put(data: Any, place: Place, value: Any, said: str) -> None:
     for part, following in itertools.pairwise(place):
         if isinstance(data, list) and isinstance(part, int) and part <= len(data):
             if part == len(data):  # the next entry of a list
@@ -167,11 +175,11 @@ def _put(data: Any, place: Place, value: Any, override: str) -> None:
                 data[part] = [] if isinstance(following, int) else {}
             data = data[part]
         else:
-            raise Error(f"there is no '{part}' to set", where=f"--set {override}")
+            raise Error(f"there is no '{part}' to set", where=said)
     last = place[-1]
     if isinstance(data, list):
         if not isinstance(last, int) or last > len(data):
-            raise Error(f"there is no entry '{last}' to set", where=f"--set {override}")
+            raise Error(f"there is no entry '{last}' to set", where=said)
         data[last : last + 1] = [value]
     else:
         data[last] = value
@@ -250,29 +258,35 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _shown(value: Any) -> str:
+    """A default as a recipe would say it."""
+    text: str = yaml.safe_dump(_plain(value), default_flow_style=True, width=1000)
+    return text.removesuffix("...\n").strip()
+
+
 def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(map(str, typing.get_args(hint)))
     if isinstance(hint, type) and not typing.get_args(hint):
-        return {"PosixPath": "path", "Path": "path"}.get(hint.__name__, hint.__name__)
-    return str(hint).replace("pathlib.", "").replace("typing.", "").replace(" ", "")
+        return {"Path": "path", "str": "text"}.get(hint.__name__, hint.__name__)
+    name = str(hint).replace("pathlib.", "").replace("typing.", "").replace(" | ", "|").replace("None", "null")
+    return name.replace("Path", "path").replace("str", "text")
 
 
 def _comments(cls: type[Any]) -> dict[str, str]:
-    """The comment beside each field of a dataclass, or the ones above it."""
-    try:
-        lines = [line.strip() for line in inspect.getsource(cls).splitlines()]
-    except (OSError, TypeError):
-        return {}
-    found, above = {}, []
-    names = {field.name for field in dataclasses.fields(cls)}
-    for line in lines:
-        code, _, comment = line.partition("  # ")
-        name = code.partition(":")[0]
-        if line.startswith("# "):
-            above.append(line[2:])
+    """The comment beside each field of a dataclass (and of those it inherits from), or the ones above it."""
+    found: dict[str, str] = {}
+    for kind in reversed(cls.__mro__[:-1]):
+        try:
+            lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
+        except (OSError, TypeError):
             continue
-        if name in names and name not in found:
-            found[name] = comment.split("fmt: ")[0].strip() or " ".join(above)
-        above = []
+        names, above = set(kind.__annotations__), list[str]()
+        for line in lines:
+            code, _, comment = line.partition("  # ")
+            name = code.partition(":")[0]
+            if name in names:
+                found[name] = comment.split("fmt: ")[0].strip() or " ".join(above)
+                names.discard(name)
+            above = [*above, line[2:]] if line.startswith("# ") else []
     return found
