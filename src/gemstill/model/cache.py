@@ -14,7 +14,9 @@ class LayerCache:
     keys, values: [B, num_kv_heads, S, head_dim]. positions: [B, S] int64, -1 where nothing is stored.
     """
 
-    def __init__(self, batch: int, heads: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, batch: int, heads: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.keys = torch.zeros(batch, heads, slots, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.positions = torch.full((batch, slots), -1, dtype=torch.int64, device=device)
@@ -54,7 +56,12 @@ class Cache:
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.length = 0
         self.capacity = capacity

@@ -38,9 +38,12 @@ class Loss:
 
     target: Target
     hard: tuple[Tensor, float] | None = None
+    compiled: bool = False
 
     def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
-        return linear_cross_entropy(hidden.flatten(0, 1), head, self.target, softcap=softcap, hard=self.hard)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), head, self.target, softcap=softcap, hard=self.hard, compiled=self.compiled
+        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gemstill.core.errors import Error
 from gemstill.model.cache import Cache, LayerCache
 from gemstill.model.config import ModelConfig
 from gemstill.model.readout import Readout, logits
-from gemstill.ops.attention import attention
+from gemstill.ops.attention import Mask, attention, make_mask
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()  # a mean of squares needs more than bfloat16's 8 bits
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         # Widen before adding: in bfloat16, 1 + 0.003 is 1.
-        return (wide * (1 + self.weight.to(wide.dtype))).type_as(x)
+        return (wide * (1 + self.weight.to(wide.dtype))).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -53,14 +53,14 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = angles
     wide = x if x.dtype == torch.float64 else x.float()
     a, b = wide.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 def fused_linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """Several linear maps of the same x as one product; the cast to x's dtype makes the joint matrix anyway."""
     weights = [layer.weight.to(x.dtype) for layer in layers]
     out = F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
-    return out.split([len(weight) for weight in weights], -1)
+    return torch.split(out, [len(weight) for weight in weights], -1)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -78,16 +78,19 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = fused_linear(x, self.gate_proj, self.up_proj)
-        return fused_linear(F.gelu(gate, approximate="tanh") * up, self.down_proj)[0]
+        wide = gate if gate.dtype == torch.float64 else gate.float()
+        # ½(1 + tanh u) = sigmoid(2u): one exponential, where tanh costs several.
+        u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+        return fused_linear((wide * torch.sigmoid(2 * u) * up).to(x.dtype), self.down_proj)[0]
 
 
 class Where(NamedTuple):
-    """Where the T tokens stand. ordered: positions rise by one from token to token within a document."""
+    """Where the T tokens stand, and what follows from it for all layers of a kind, as pairs (global, local)."""
 
     positions: Tensor  # [B, T] int64
     documents: Tensor  # [B, T] int64
-    angles: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # rotary cosines and sines of (global, local) layers
-    ordered: bool
+    angles: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # rotary cosines and sines
+    masks: tuple[Mask, Mask] | None  # None with a cache, whose keys differ from layer to layer
 
 
 class Attention(nn.Module):
@@ -109,22 +112,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, where: Where, cache: LayerCache | None, start: int) -> Tensor:
         B, T, _ = x.shape
-        positions, documents, angles, ordered = where
         q, k, v = (
             part.view(B, T, -1, self.head_dim).transpose(1, 2)
             for part in fused_linear(x, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, angles[self.local]), rotate(k, angles[self.local])
-        k_positions, k_documents = positions, documents
-        if cache is not None:
-            k, v, k_positions = cache.extend(k, v, torch.where(documents < 0, -1, positions), start)
-            k_documents = torch.where(k_positions < 0, -1, 0)
-        out = attention(
-            q, k, v, positions, k_positions, documents, k_documents,
-            scale=self.scale, softcap=self.softcap, window=self.window, ordered=ordered,
-        )  # fmt: skip
+        angles = where.angles[self.local]
+        q, k = rotate(q, angles), rotate(k, angles)
+        if where.masks is not None:
+            mask = where.masks[self.local]
+        else:
+            assert cache is not None
+            own = torch.where(where.documents < 0, -1, where.positions)
+            k, v, stored = cache.extend(k, v, own, start)
+            mask = make_mask(own, stored, own.clamp(max=0), stored.clamp(max=0), self.window)
+        out = attention(q, k, v, mask, scale=self.scale, softcap=self.softcap)
         return fused_linear(out.transpose(1, 2).reshape(B, T, -1), self.o_proj)[0]
 
 
@@ -143,7 +146,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, where: Where, cache: LayerCache | None = None, start: int = 0) -> Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), where, cache, start))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        out: Tensor = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return out
 
 
 class Transformer(nn.Module):
@@ -210,16 +214,25 @@ class Transformer(nn.Module):
         if tokens.ndim != 2:
             raise Error(f"tokens of shape {list(tokens.shape)} are not [batch, time]", where="model")
         if cache is not None and cache.length + tokens.shape[1] > cache.capacity:
-            raise Error(f"{cache.length + tokens.shape[1]} tokens do not fit a cache of {cache.capacity}", where="model")
+            raise Error(
+                f"{cache.length + tokens.shape[1]} tokens do not fit a cache of {cache.capacity}", where="model"
+            )
         documents = torch.zeros_like(tokens) if documents is None else documents.long()
-        ordered = positions is None and cache is None
+        ordered = positions is None
         if positions is None:
             positions = _count(documents, cache)
         theta = self.config.rope_theta
         angles = rotary_angles(positions, self.config.head_dim, theta)
         local = self.config.rope_local_theta
         local_angles = angles if local is None else rotary_angles(positions, self.config.head_dim, local)
-        where = Where(positions, documents, (angles, local_angles), ordered)
+        masks = None
+        if cache is None:
+            same = (positions, positions, documents, documents)
+            masks = (
+                make_mask(*same, None, ordered=ordered),
+                make_mask(*same, self.config.sliding_window, ordered=ordered),
+            )
+        where = Where(positions, documents, (angles, local_angles), masks)
 
         embedding = self.embed_tokens(tokens)
         x = embedding.to(self.compute_dtype or embedding.dtype)
@@ -244,7 +257,7 @@ def _count(documents: Tensor, cache: Cache | None) -> Tensor:
         real = (documents >= 0).long()
         positions = cache.next_position[:, None] + real.cumsum(1) - real
         cache.next_position = cache.next_position + real.sum(1)
-        return positions
+        return positions.long()
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     first = torch.zeros_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
