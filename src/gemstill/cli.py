@@ -1,0 +1,188 @@
+"""The command line: one command for each job. Parse, call one function, print.
+
+gemstill COMMAND [recipe.yaml] [--field value ...] [--set path.to.field=value ...] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from gemstill import __version__
+from gemstill.core.errors import Error
+
+STOPPED, REFUSED = 130, 2  # exit statuses: stopped by Ctrl-C, an Error
+
+
+@dataclass(frozen=True)
+class Command:
+    """A job: the module with its `run(config)` and `plan(config)`, and the dataclass that says what it is told."""
+
+    module: str
+    config: str  # "module:Class", the module light enough for --help
+    help: str
+    places: tuple[str, ...] = ()  # fields that may be given without their names
+    resumes: bool = True  # stopped, the same command goes on where it was
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "quickstart",
+        "quickstart:QuickstartConfig",
+        "the whole recipe in miniature: tokenizer, data, teacher, store, two students, comparison, report",
+    ),
+    "tokenizer": Command("text.training", "text.training:TokenizerConfig", "train a tokenizer on text"),
+    "data": Command("data.shards", "data.shards:DataConfig", "turn text into token shards"),
+    "train": Command("train.loop", "train.config:TrainConfig", "train a model, from scratch or from a teacher's store"),
+    "teach": Command("distill.teach", "distill.teach:TeachConfig", "write a teacher's probabilities over shards"),
+    "generate": Command(
+        "infer.generate", "infer.generate:GenerateConfig", "write on from a prompt", ("model", "prompt"), resumes=False
+    ),
+    "report": Command(
+        "report.run", "report.run:ReportConfig", "make a run's report, one HTML file", ("folder",), resumes=False
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Error(message, where=self.prog, fix=f"see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 2 refused, 130 stopped)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = COMMANDS.get(words[0]) if words else None
+    try:
+        if command is None:
+            return _overview(words)
+        _run(words[0], command, words[1:])
+    except Error as error:
+        print(f"gemstill: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        on = "; the same command goes on where it was" if command and command.resumes else ""
+        print(f"\ngemstill: stopped{on}", file=sys.stderr)
+        return STOPPED
+    except BrokenPipeError:  # the reader of our output has gone (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _overview(words: list[str]) -> int:
+    if words and words[0] in ("--version", "-V"):
+        print(f"gemstill {__version__}")
+    elif not words or words[0] in ("--help", "-h", "help"):
+        width = max(map(len, COMMANDS))
+        print("usage: gemstill COMMAND [recipe.yaml] [--field value ...] [--set path.to.field=value ...] [--dry-run]\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:{width}}  {command.help}")
+        print("\ngemstill COMMAND --help shows a command's fields; --dry-run what it would cost.")
+    else:
+        from gemstill.core.config import nearest
+
+        raise Error(f"there is no command '{words[0]}'", fix=nearest(words[0], COMMANDS))
+    return 0
+
+
+def _run(name: str, command: Command, words: list[str]) -> None:
+    from gemstill.core.config import parse
+
+    config_module, _, class_name = command.config.partition(":")
+    config_class = getattr(importlib.import_module(f"gemstill.{config_module}"), class_name)
+    recipe, overrides, dry_run = _parse(name, command, config_class, words)
+    config = parse(config_class, recipe, overrides)
+    module = importlib.import_module(f"gemstill.{command.module}")
+    result = module.plan(config) if dry_run else module.run(config)
+    if isinstance(result, Mapping):
+        print(figures(result))
+
+
+def _parse(
+    name: str, command: Command, config_class: type[Any], words: list[str]
+) -> tuple[str | None, list[str | tuple[str, Any]], bool]:
+    """The recipe's path, the settings in the order given, and whether it is a dry run."""
+    from gemstill.core.config import Field, fields, nearest
+
+    known: dict[str, Field] = {_flag(field.name): field for field in fields(config_class)}
+    parser = _Parser(
+        prog=f"gemstill {name}",
+        description=f"{command.help[0].upper()}{command.help[1:]}.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        usage=f"gemstill {name} [recipe.yaml] {' '.join(f'[{place.upper()}]' for place in command.places)}".rstrip()
+        + " [--field value ...] [--set path.to.field=value ...] [--dry-run]",
+    )
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set any field, in YAML")
+    parser.add_argument("--dry-run", action="store_true", help="print what it would take, and do nothing")
+    group = parser.add_argument_group("fields, of the recipe or as flags")
+    for flag, field in known.items():
+        default = " (required)" if field.default is None else f" [{field.default}]"
+        text = f"{field.help}{default}".strip().replace("%", "%%")
+        group.add_argument(flag, metavar=field.type, default=argparse.SUPPRESS, help=text)
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in (*known, "--set", "--dry-run", "--help", "--"):
+            raise Error(f"there is no flag {flag}", where=f"gemstill {name}", fix=nearest(flag, [*known, "--dry-run"]))
+    given = vars(parser.parse_intermixed_args(words))
+    positional, recipe = list(given.pop("words")), None
+    if positional and positional[0].endswith((".yaml", ".yml")):
+        recipe = positional.pop(0)
+    if len(positional) > len(command.places):
+        extra = positional[len(command.places)]
+        raise Error(f"does not know what to do with '{extra}'", where=f"gemstill {name}", fix="recipes end in .yaml")
+    settings, dry_run = given.pop("set"), given.pop("dry_run")
+    overrides: list[str | tuple[str, Any]] = [*settings]
+    overrides += [(place, value) for place, value in zip(command.places, positional, strict=False)]
+    for flag, field in known.items():
+        if (key := flag.removeprefix("--").replace("-", "_")) in given:
+            # Texts and paths are taken letter by letter; anything else is YAML, as in a recipe.
+            literal = field.type in ("text", "path")
+            overrides.append((field.name, given[key]) if literal else f"{field.name}={given[key]}")
+    return recipe, overrides, dry_run
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def figures(values: Mapping[str, Any], indent: str = "") -> str:
+    """A result or a plan as aligned lines: 'tokens  1,234,567', 'flops  6.00e+13', 'memory  1.2 GiB'."""
+    shown = {key.replace("_", " "): value for key, value in values.items()}
+    width = max((len(key) for key, value in shown.items() if not isinstance(value, Mapping)), default=0)
+    lines = []
+    for key, value in shown.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{key}", figures(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key:{width}}  {_figure(key, value)}")
+    return "\n".join(lines)
+
+
+def _figure(key: str, value: Any) -> str:
+    from gemstill.core.progress import duration
+
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "none" if value is None else str(value)
+    words = key.split()
+    if "bytes" in words and "per" not in words:
+        size, unit = float(value), 0
+        while size >= 1024 and unit < 4:
+            size, unit = size / 1024, unit + 1
+        return f"{size:.3g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}" if unit else f"{value} bytes"
+    if "seconds" in words:
+        return duration(value)
+    if "flops" in words:
+        return f"{value:.2e}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
