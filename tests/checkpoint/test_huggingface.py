@@ -1,4 +1,4 @@
-"""Hugging Face folders: `transformers` opens what `save` writes, with the same logits; `load` gives it back or refuses."""
+"""Hugging Face folders: `transformers` opens what `save` writes, same logits; `load` gives it back or refuses."""
 
 import json
 import os
@@ -315,7 +315,7 @@ def test_a_read_only_place_is_an_error(tmp_path):
 
 
 def test_a_tokenizer_json_alone_gets_settings(tmp_path):
-    """A tokenizer.json from elsewhere may lack its tokenizer_config.json: AutoTokenizer opens the folder all the same."""
+    """A tokenizer.json from elsewhere may lack its tokenizer_config.json: AutoTokenizer opens the folder still."""
     shutil.copy(small_tokenizer().source, tmp_path / "tokenizer.json")
     tokenizer = Tokenizer.open(tmp_path / "tokenizer.json")
     save(network(SMALL), tokenizer, tmp_path / "model")
