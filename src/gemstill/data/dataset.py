@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from gemstill.core.errors import Error
 
 FORMAT, VERSION = "gemstill tokens", 1
 INDEX = "index.json"
-_DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _REMAKE = "make the data set again with `gemstill data`"
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -249,8 +248,3 @@ def _check_shard(index: dict[str, Any], shard: dict[str, Any], header: ShardHead
     if header.tokens[0] != expected or header.starts[0] != np.dtype("<i8"):
         kind = f"{header.tokens[0]} and {header.starts[0]}"
         raise Error(f"holds {kind} where {expected} and int64 are due", where=file, fix=_REMAKE)
-
-
-def share_bits(fraction: float) -> int:
-    """`fraction` of 2^64, for comparing with the first eight bytes of a hash."""
-    return math.floor(fraction * 2.0**64)

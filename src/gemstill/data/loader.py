@@ -148,7 +148,7 @@ class Loader:
         """Steps after which the source that is used up first has been gone through once."""
         windows = [dataset.num_tokens // self.window for dataset in self.datasets]
         shares = self._quotas / self._block
-        return min(count / share for count, share in zip(windows, shares, strict=True)) / self.windows_per_step
+        return float(min(count / share for count, share in zip(windows, shares, strict=True)) / self.windows_per_step)
 
     def places(self, step: int) -> tuple[Ints, Ints]:
         """Source and start of each window of a step's global batch, each [windows_per_step] int64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from gemstill.core import files
 from gemstill.core.errors import Error
@@ -22,21 +21,22 @@ from gemstill.data.dataset import (
     INDEX,
     VERSION,
     Ints,
+    ShardHeader,
     TokenDataset,
     Tokens,
     gemstill_version,
     read_header,
-    share_bits,
     token_dtype,
     write_shard,
 )
-from gemstill.data.sources import Document, Source, read_source, source_files
+from gemstill.data.sources import Source, read_source, source_files
 from gemstill.data.workers import Encoders
 from gemstill.text.tokenizer import Tokenizer
 
 __all__ = ["DataConfig", "TokenDataset", "Written", "plan", "run", "write_dataset"]
 
 SPLITS = ("train", "heldout")
+HELDOUT = 0.02  # part of the documents that is held out when nothing is said
 TYPICAL_BYTES_PER_TOKEN = 3.5  # of a small vocabulary, for the estimates of `plan`
 
 
@@ -47,7 +47,7 @@ class DataConfig:
     source: Source  # where the documents come from
     tokenizer: Path  # a tokenizer.json, or a folder with one
     out: Path  # gets train/ and heldout/
-    heldout_fraction: float = 0.02  # part of the documents kept for measuring, chosen by hash of their content
+    heldout_fraction: float = HELDOUT  # part of the documents kept for measuring, chosen by hash of their content
     drop_near_copies: bool = False  # leave out of train what is nearly a copy of a held-out document
     shard_bytes: int = 64 << 20  # bytes of text in a shard; documents are never cut
     workers: int = 0  # processes; 0 for one a core
@@ -98,7 +98,7 @@ def write_dataset(
     tokenizer: Tokenizer,
     folder: str | Path,
     *,
-    heldout_fraction: float = 0.02,
+    heldout_fraction: float = HELDOUT,
     drop_near_copies: bool = False,
     shard_bytes: int = 64 << 20,
     workers: int = 0,
@@ -135,6 +135,11 @@ def write_dataset(
         return writer.finish()
 
 
+def is_heldout(digest: bytes, fraction: float) -> bool:
+    """Whether a document is held out, by the SHA-256 of its text; a larger fraction holds out those of a smaller one."""
+    return int.from_bytes(digest[:8], "big") < math.floor(fraction * 2.0**64)
+
+
 class _Job(NamedTuple):
     """The documents of one shard."""
 
@@ -162,7 +167,7 @@ class _Writer:
         self, sources: list[Source], tokenizer: Tokenizer, folder: Path, heldout: float, shard_bytes: int, near: bool
     ) -> None:
         self.sources, self.tokenizer, self.folder = sources, tokenizer, folder
-        self.heldout_bits, self.shard_bytes, self.near = share_bits(heldout), shard_bytes, near
+        self.heldout, self.shard_bytes, self.near = heldout, shard_bytes, near
         self.splits = SPLITS if heldout > 0 else SPLITS[:1]
         self.counts: Counter[str] = Counter()
         self.corpus = hashlib.sha256()
@@ -185,7 +190,7 @@ class _Writer:
                 data = document.text.encode()
                 digest = hashlib.sha256(data).digest()
                 self.corpus.update(digest)
-                split = self._split(digest)
+                split = SPLITS[is_heldout(digest, self.heldout)]
                 if split == "train" and copies is not None and copies.has(document.text):
                     self.counts["near copies"] += 1
                     continue
@@ -259,32 +264,25 @@ class _Writer:
         digest = write_shard(path, tokens, starts, metadata)
         return {**entry, "tokens": len(tokens), "sha256": digest}
 
-    def _whole(self, path: Path) -> Any:
+    def _whole(self, path: Path) -> ShardHeader | None:
         """The header of a shard that is whole; one that was damaged since is written again."""
         try:
-            header = read_header(path)
-            starts = np.dtype("<i8")
+            return read_header(path)
         except Error:
             return None
-        return header if header.starts[0] == starts else None
-
-    def _split(self, digest: bytes) -> str:
-        return "heldout" if int.from_bytes(digest[:8], "big") < self.heldout_bits else "train"
 
     def _heldout_documents(self) -> NearCopies:
         copies = NearCopies()
         for source in self.sources:
             for document in read_source(source):
-                if self._is_heldout(document):
+                if is_heldout(hashlib.sha256(document.text.encode()).digest(), self.heldout):
                     copies.add(document.text)
         return copies
 
-    def _is_heldout(self, document: Document) -> bool:
-        return self._split(hashlib.sha256(document.text.encode()).digest()) == "heldout"
-
 
 def _workers(asked: int) -> int:
-    return asked or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else asked or os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or cores
 
 
 def _check_options(heldout_fraction: float, shard_bytes: int, workers: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -59,17 +59,16 @@ class Encoders:
     def __enter__(self) -> Encoders:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
             for process in self._processes:
                 process.kill()
         self._threads.shutdown()
         for process in self._processes:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
-            process.stdout.close()
-            process.wait()
+            process.communicate()  # closes its input, which ends it
 
     def submit(self, finish: Any, texts: Sequence[str], *arguments: Any) -> Future[Any]:
         """Have `texts` encoded, then call `finish(tokens, starts, *arguments)` in one of our threads.
@@ -81,13 +80,14 @@ class Encoders:
     def _encode(self, texts: Sequence[str]) -> tuple[Tokens, Ints]:
         if self._alone:
             return encode_documents(self._tokenizer, texts)
-        process = getattr(self._local, "process", None)
+        process: subprocess.Popen[bytes] | None = getattr(self._local, "process", None)
         if process is None:
             process = self._local.process = self._start()
+        questions, answers = _pipes(process)
         try:
-            pickle.dump(texts, process.stdin)
-            process.stdin.flush()
-            answer = pickle.load(process.stdout)
+            pickle.dump(texts, questions)
+            questions.flush()
+            answer = pickle.load(answers)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             fix = "was memory short? try fewer workers or smaller shards"
             raise Error(f"an encoding process ended early (status {process.wait()})", fix=fix) from error
@@ -107,9 +107,14 @@ class Encoders:
             env={**os.environ, **threads, "PYTHONPATH": path},
         )
         self._processes.append(process)
-        assert process.stdin is not None
-        pickle.dump((self._tokenizer.data, self._tokenizer.source), process.stdin)
+        pickle.dump((self._tokenizer.data, self._tokenizer.source), _pipes(process)[0])
         return process
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
 
 
 def serve() -> None:
