@@ -1,0 +1,1 @@
+"""One training loop: objectives, optimizer, schedule, parallelism, state, metrics."""

@@ -1,0 +1,271 @@
+"""`gemstill train`: open the data, build the model, run the loop, write the finished model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import resource
+import shutil
+import sys
+import sysconfig
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemstill.core import machine
+from gemstill.core.config import dump
+from gemstill.core.errors import Error
+from gemstill.core.files import locked, read_json, sha256, write, write_json
+from gemstill.model.config import ModelConfig
+from gemstill.model.transformer import Transformer
+from gemstill.train.config import TrainConfig, check_same, check_vocabulary, identity
+from gemstill.train.flops import train_flops
+from gemstill.train.heldout import Evaluation, evaluate
+from gemstill.train.loop import Loop
+from gemstill.train.objectives import FromStore, NextToken
+from gemstill.train.optimizer import Optimizer
+from gemstill.train.parallel import Ranks, ranks, shard, whole
+
+if TYPE_CHECKING:
+    from gemstill.data.dataset import TokenDataset
+    from gemstill.distill.store import Store
+    from gemstill.text.tokenizer import Tokenizer
+
+RECIPE = "recipe.json"  # all that the run's result depends on; what a later command must agree with
+WORTH_COMPILING = 120.0  # seconds of products above which compilation, about half a minute, pays
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """The opened sources of a run, in the recipe's order."""
+
+    train: list[TokenDataset]
+    heldout: list[TokenDataset]  # those that hold any document
+    stores: list[Store]
+    tokenizer: Tokenizer
+
+    def fingerprints(self) -> dict[str, Any]:
+        heldout = [dataset.fingerprint for dataset in self.heldout]
+        stores = [sha256(store.folder / "index.json") for store in self.stores]
+        return {"data_fingerprints": [d.fingerprint for d in self.train], "heldout_fingerprints": heldout,
+                "store_fingerprints": stores, "tokenizer_fingerprint": self.tokenizer.fingerprint}  # fmt: skip
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train as `config` says, or go on where an earlier process stopped, and write the model.
+
+    The folder `config.run` gets config.yaml (settled, precision included), metrics.jsonl, tensorboard/,
+    state/, model/ (a Hugging Face folder) and summary.json, whose content is returned. Under torchrun the
+    run is sharded over its ranks. Killed at any moment, the same call goes on to the same bits.
+
+    Raises:
+        Error: data, store, tokenizer and model do not fit each other; the folder holds a run of another
+            recipe or another process works in it; it cannot be written; the loss is not finite.
+    """
+    folder = Path(config.run)
+    with ranks() as here, locked(folder) if here.rank == 0 else nullcontext():
+        data = _open(config)
+        shape = _shape(config, data)
+        # All ranks take the first one's word: measured speeds differ from process to process.
+        config, recipe = here.share(_settle(config, shape, data, here) if here.rank == 0 else None)
+        if here.rank == 0:
+            write(folder / "config.yaml", dump(config))
+            write_json(folder / RECIPE, recipe)
+        loop = _loop(config, recipe, shape, data, here)
+        loop.run()
+        weights = whole(loop.model)
+        summary: dict[str, Any] | None = None
+        if here.rank == 0:
+            summary = _finish(folder, loop, shape, weights, data)
+        result: dict[str, Any] = here.share(summary)
+        return result
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """What `train(config)` would take, before anything runs: tokens, FLOPs, bytes of memory and disk, seconds.
+
+    Raises:
+        Error: as `train` does for data, store, tokenizer and model that do not fit each other.
+    """
+    data = _open(config)
+    shape = _shape(config, data)
+    settled, _ = _settle(config, shape, data, Ranks())
+    parameters = shape.body_parameters + shape.embedding_parameters
+    flops = train_flops(shape, config.data.window) * config.tokens_per_step * settled.steps
+    width = 2 if settled.precision == "bfloat16" else 4
+    states = 2 if config.optimizer.name == "adamw" else 1 + shape.embedding_parameters / parameters
+    micro = min(config.micro_windows, config.windows_per_step) * config.data.window
+    layer = 12 * shape.hidden_size + 4 * shape.intermediate_size + 4 * shape.num_heads * shape.head_dim
+    kept = shape.num_layers * (shape.hidden_size if config.activation_checkpointing else layer)
+    available = sum(dataset.num_tokens for dataset in data.train)
+    tokens = settled.steps * config.tokens_per_step
+    return {
+        "parameters": parameters,
+        "parameters_without_embedding": shape.body_parameters,
+        "steps": settled.steps,
+        "tokens": tokens,
+        "epochs": tokens / max(1, available),
+        "flops": flops,
+        "precision": settled.precision,
+        "compile": settled.compile,
+        "memory_bytes": int(4 * parameters * (2 + states) + micro * kept * width),
+        "disk_bytes": int(4 * parameters * ((1 + states) * (config.keep_last + 2) + 1)),
+        "seconds": flops / _rate(settled.precision) / 0.5,  # half of the products' rate is usual
+    }
+
+
+def _open(config: TrainConfig) -> _Data:
+    from gemstill.data.dataset import TokenDataset
+    from gemstill.distill.store import Store
+    from gemstill.text.tokenizer import Tokenizer
+
+    sources = config.data.sources
+    folders = [Path(source.folder) for source in sources]
+    train_sets = [TokenDataset.open(folder / "train") for folder in folders]
+    first = train_sets[0]
+    for dataset, folder in zip(train_sets, folders, strict=True):
+        if dataset.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise Error(f"was made with another tokenizer than {folders[0]}", where=folder, fix="make both with one")
+        if dataset.num_tokens < config.data.window:
+            raise Error(
+                f"has {dataset.num_tokens} tokens, fewer than one window of {config.data.window}",
+                where=folder, fix="take more text or a shorter data.window",
+            )  # fmt: skip
+    kept = [folder / "heldout" for folder in folders]
+    heldout = [TokenDataset.open(folder) for folder in kept if (folder / "index.json").exists()]
+    place = Path(config.data.tokenizer)
+    tokenizer = Tokenizer.open(place)
+    if tokenizer.fingerprint != first.tokenizer_fingerprint:
+        what = f"is not the tokenizer that {folders[0]} was made with"
+        raise Error(what, where=place, fix="name that one")
+    stores = [
+        Store.open(source.store, dataset=dataset, tokenizer=tokenizer, window=config.data.window)
+        for source, dataset in zip(sources, train_sets, strict=True)
+        if source.store
+    ]
+    return _Data(train_sets, [d for d in heldout if d.num_tokens >= config.data.window], stores, tokenizer)
+
+
+def _shape(config: TrainConfig, data: _Data) -> ModelConfig:
+    if not config.model.start:
+        return config.model.shape(data.tokenizer.vocab_size)
+    from gemstill.checkpoint.hf_config import from_hf
+
+    path = Path(config.model.start) / "config.json"
+    shape = from_hf(read_json(path), path)
+    check_vocabulary(shape.vocab_size, data.tokenizer.vocab_size, config.model.start)
+    return shape
+
+
+def _settle(config: TrainConfig, shape: ModelConfig, data: _Data, here: Ranks) -> tuple[TrainConfig, dict[str, Any]]:
+    """The recipe with all that was left to the machine decided, and what its result depends on.
+
+    A run that was begun keeps what was decided then.
+    """
+    path = Path(config.run) / RECIPE
+    saved = read_json(path) if path.exists() else {}
+    if config.windows_per_step % here.world:
+        raise Error(
+            f"{config.windows_per_step} windows a step do not divide among {here.world} ranks",
+            where="recipe", fix="make windows_per_step a multiple of the ranks",
+        )  # fmt: skip
+    precision: Any = config.precision
+    compiling: Any = config.compile
+    if precision == "auto":
+        precision = saved.get("precision") or str(machine.fast_dtype(here.device.type)).removeprefix("torch.")
+    settled = dataclasses.replace(config, steps=config.total_steps, tokens=0, precision=precision)
+    if compiling == "auto":
+        flops = train_flops(shape, config.data.window) * config.tokens_per_step * settled.steps
+        long = flops / _rate(settled.precision) > WORTH_COMPILING
+        compiling = saved.get("compile") or ("on" if long and here.world == 1 and can_compile() else "off")
+    if compiling == "on" and here.world > 1:
+        what = "compile is on with several ranks, which FSDP's hooks do not allow yet"
+        raise Error(what, where="recipe", fix="set compile=off")
+    settled = dataclasses.replace(settled, compile=compiling)
+    recipe = identity(settled, model_shape=dataclasses.asdict(shape), **data.fingerprints())
+    if saved:
+        check_same(saved, recipe, config.run)
+    return settled, recipe
+
+
+def can_compile() -> bool:
+    """Whether torch.compile has what it needs on a CPU: a C++ compiler and Python's headers."""
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+    return compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+def _rate(precision: str) -> float:
+    """Operations a second of this machine's products in `precision`."""
+    return 1e9 * max(1e-3, machine.probe().rate(getattr(torch, precision)))
+
+
+def _loop(config: TrainConfig, recipe: dict[str, Any], shape: ModelConfig, data: _Data, here: Ranks) -> Loop:
+    from gemstill.data.loader import Loader
+
+    precision: torch.dtype = getattr(torch, config.precision)
+    model = _model(config, shape).to(here.device)
+    model.compute_dtype = precision
+    model.checkpointing = config.activation_checkpointing
+    shard(model, list(model.layers), here, precision)
+    compiled = config.compile == "on"
+    if compiled:
+        model.compile_blocks()
+    objective = (
+        FromStore(data.stores, config.hard, config.steps, compiled=compiled)
+        if data.stores
+        else NextToken(compiled=compiled)
+    )
+    weights = [source.weight for source in config.data.sources]
+    pairs = list(zip(data.train, weights, strict=True))
+    loader = Loader(pairs, config.data.window, config.windows_per_step, config.seed)
+
+    def score(network: torch.nn.Module) -> Evaluation:
+        size = min(config.micro_windows, config.windows_per_step // here.world)
+        options = {"batch": size, "windows": config.evaluate_windows}
+        parts = [evaluate(network, d, config.data.window, device=here.device, **options) for d in data.heldout]
+        return Evaluation.join(parts)
+
+    flops = train_flops(shape, config.data.window)
+    rate = _rate(config.precision) if here.device.type == "cpu" else 0.0
+    optimizer = Optimizer(model.named_parameters(), config.optimizer, dtype=precision)
+    return Loop(model, objective, loader, optimizer, config, recipe, here, score if data.heldout else None, flops, rate)
+
+
+def _model(config: TrainConfig, shape: ModelConfig) -> Transformer:
+    if not config.model.start:
+        return Transformer(shape, seed=config.seed)
+    from gemstill.checkpoint import huggingface
+
+    return huggingface.load(config.model.start, dtype=torch.float32)[0]
+
+
+def _finish(
+    folder: Path, loop: Loop, shape: ModelConfig, weights: dict[str, torch.Tensor], data: _Data
+) -> dict[str, Any]:
+    from gemstill.checkpoint import huggingface
+
+    with torch.device("meta"):
+        model = Transformer(shape)
+    model.load_state_dict(weights, assign=True)
+    huggingface.save(model, data.tokenizer, folder / "model")
+    unit = 1 if sys.platform == "darwin" else 1024
+    summary = {
+        "parameters": shape.body_parameters + shape.embedding_parameters,
+        "parameters_without_embedding": shape.body_parameters,
+        "steps": loop.step,
+        "tokens_seen": loop.tokens,
+        "flops": loop.flops * loop.tokens,
+        "loss": loop.last.get("loss", math.nan),
+        **loop.heldout,
+        "seconds": loop.seconds,
+        "tokens_per_second": loop.tokens / loop.seconds if loop.seconds else 0.0,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "precision": loop.config.precision,
+        "compiled": loop.config.compile == "on",
+        "ranks": loop.here.world,
+    }
+    write_json(folder / "summary.json", summary)
+    return summary
