@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def writing(path: str | Path, *, folder: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.is_dir() != folder:
             kinds = ("a folder", "a file") if folder is False else ("a file", "a folder")
-            raise Error(f"is {kinds[0]} where {kinds[1]} should be written", where=path, fix="move it away or name another place")
+            what = f"is {kinds[0]} where {kinds[1]} should be written"
+            raise Error(what, where=path, fix="move it away or name another place")
         recover(path)
         if folder:
             temporary.mkdir()
@@ -98,7 +99,8 @@ def _discard(temporary: Path) -> None:
     if temporary.is_dir():
         shutil.rmtree(temporary, ignore_errors=True)
     else:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have come into being; the first fault is the one to tell
+            temporary.unlink(missing_ok=True)
 
 
 def write(path: str | Path, data: bytes | str) -> None:
@@ -139,7 +141,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "a+")
+        handle = open(folder / ".lock", "a+")  # noqa: SIM115 - closed by the block below
     except OSError as error:
         raise unwritable(folder, error) from error
     with handle:
@@ -148,7 +150,8 @@ def locked(folder: str | Path) -> Iterator[None]:
         except OSError:
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
-            raise Error(f"another process (number {owner}) is at work here", where=folder, fix="wait for it or end it") from None
+            what = f"another process (number {owner}) is at work here"
+            raise Error(what, where=folder, fix="wait for it or end it") from None
         handle.seek(0)
         handle.truncate()
         handle.write(str(os.getpid()))
