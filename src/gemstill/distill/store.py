@@ -89,7 +89,8 @@ class StoreInfo:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        Estimator.parse(self.estimator)
+        if Estimator.parse(self.estimator).name == "dense":
+            raise Error("dense distributions cannot be stored", where="store", fix="choose threshold(0.05)")
         if not 0 < self.vocab_size <= min(self.stored_vocab_size, 1 << MAX_BITS):
             raise Error(f"a vocabulary of {self.vocab_size} cannot be stored", where="store")
         if self.window < 1 or self.block_tokens < 1 or self.block_tokens % self.window:

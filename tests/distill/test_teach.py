@@ -1,0 +1,225 @@
+"""`teach`: the right distribution at the right row, the same bytes whatever happened on the way, refusals by name."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gemstill.core import config as configuration
+from gemstill.core.errors import Error
+from gemstill.core.files import locked
+from gemstill.distill.store import Store, block_path
+from gemstill.distill.teach import TeachConfig, begin, describe, teach_block, teach_model
+from gemstill.model.config import ModelConfig
+from gemstill.model.transformer import Transformer
+
+VOCAB, PADDED, TOKENS, WINDOW = 50, 56, 413, 16
+
+
+class Stream:
+    """A data set in memory: three documents of random tokens."""
+
+    vocab_size, tokenizer_fingerprint, fingerprint = VOCAB, "a" * 64, "b" * 64
+    num_tokens = TOKENS
+    document_starts = np.array([0, 100, 203])
+
+    def __init__(self):
+        self.tokens = np.random.default_rng(3).integers(0, VOCAB, TOKENS)
+
+    def read(self, start, stop):
+        return self.tokens[start:stop]
+
+
+def tiny(vocab=PADDED, seed=0):
+    config = ModelConfig(vocab, 32, 64, 2, 2, 1, 16, query_pre_attn_scalar=16, sliding_window=8)
+    model = Transformer(config, seed=seed)
+    with torch.no_grad():  # sharper than at the start of training, so that entries differ in kind
+        model.embed_tokens.weight.mul_(4)
+    return model
+
+
+def settings(**changes):
+    return {"estimator": "threshold(0.1)", "window": WINDOW, "block_tokens": 160, "batch": 3} | changes
+
+
+def contents(folder):
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def teacher_rows(model, stream, temperature=1.0):
+    """Every row one by one: the window up to the token, its own document alone."""
+    rows = []
+    for i in range(TOKENS):
+        first = max(i - i % WINDOW, int(stream.document_starts[stream.document_starts <= i].max()))
+        logits = model(torch.from_numpy(stream.tokens[first : i + 1])[None])[0, -1, :VOCAB]
+        rows.append((logits / temperature).softmax(0))
+    return torch.stack(rows).detach()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_each_row_is_the_teachers_in_its_document_and_window(tmp_path, temperature):
+    model, stream = tiny(), Stream()
+    info = describe(model, stream, **settings(estimator="topk(50)", temperature=temperature), teacher="tiny")
+    store = teach_model(model, stream, tmp_path, info)
+    ids, probs, _ = store[:]
+    stored = torch.zeros(TOKENS, VOCAB).scatter_add_(1, ids, probs)
+    torch.testing.assert_close(stored, teacher_rows(model, stream, temperature), rtol=0, atol=1 / 4095 + 1e-5)
+    assert (store.info.stored_vocab_size, store.info.vocab_size) == (PADDED, VOCAB)
+    store.verify()
+
+
+@pytest.mark.parametrize("estimator", ["threshold(0.1)", "sample(20)"])
+def test_the_mean_over_seeds_is_the_teachers_distribution(tmp_path, estimator):
+    model, stream = tiny(), Stream()
+    mean, seeds = torch.zeros(TOKENS, VOCAB), 40
+    for seed in range(seeds):
+        info = describe(model, stream, **settings(estimator=estimator, seed=seed))
+        ids, probs, _ = teach_model(model, stream, tmp_path / str(seed), info)[:]
+        mean.scatter_add_(1, ids, probs / seeds)
+    known = teacher_rows(model, stream)
+    # The variance of an entry is at most p·w, with w = 0.1 and 0.05 the largest weight of a drawn entry.
+    error = (known * 0.1 / seeds).sqrt()
+    score = ((mean - known) / error.clamp(min=1e-6))[known > 0.02]
+    assert float(score.abs().max()) < 6
+    assert abs(float(score.mean())) < 0.1
+
+
+def test_bytes_depend_on_teacher_block_and_seed_alone(tmp_path):
+    model, stream = tiny(), Stream()
+    info = describe(model, stream, **settings())
+    teach_model(model, stream, tmp_path / "a", info)
+    (tmp_path / "b").mkdir()
+    begin(tmp_path / "b", info)
+    for block in (2, 0):  # out of order, as another worker would
+        teach_block(model, stream, tmp_path / "b", info, block)
+    with pytest.raises(Error, match="not finished"):
+        Store.open(tmp_path / "b")
+    teach_model(model, stream, tmp_path / "b", info)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert set(contents(tmp_path / "a")) == {
+        "README.md", "store.json", *(f"data/block-00000{i}.safetensors" for i in range(3))
+    }  # fmt: skip
+    other = teach_model(model, stream, tmp_path / "c", describe(model, stream, **settings(seed=1)))
+    assert other.digests != Store.open(tmp_path / "a").digests
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.*") if path.name != ".lock"}
+    teach_model(model, stream, tmp_path / "a", info)  # finished: nothing is written again
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+CRASH = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, {here!r})
+    import torch
+    torch.set_num_threads(1)
+    from test_teach import Stream, contents, settings, tiny
+    from gemstill.distill.teach import describe, teach_model
+
+    def teach(folder, crash_after=None):
+        "In a child; SIGKILL right after call number crash_after of those that make writes lasting."
+        pid = os.fork()
+        if pid:
+            return os.waitpid(pid, 0)[1]
+        calls = 0
+        def wrap(real):
+            def call(*args, **kwargs):
+                nonlocal calls
+                result = real(*args, **kwargs)
+                calls += 1
+                if calls == crash_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+            return call
+        for name in ("replace", "rename", "fsync"):
+            setattr(os, name, wrap(getattr(os, name)))
+        sys.stderr = open(os.devnull, "w")
+        model, stream = tiny(), Stream()
+        teach_model(model, stream, folder, describe(model, stream, **settings(block_tokens=224)))
+        os._exit(0)
+
+    root = Path(sys.argv[1])
+    assert teach(root / "whole") == 0
+    number = 0
+    while True:
+        number += 1
+        folder = root / str(number)
+        if teach(folder, number) == 0:
+            break
+        assert teach(folder) == 0, number
+        assert contents(folder) == contents(root / "whole"), number
+    print(number - 1)
+"""
+
+
+def test_killed_after_any_write_it_goes_on_to_the_same_bytes(tmp_path):
+    script = textwrap.dedent(CRASH).format(here=str(Path(__file__).parent))
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) >= 3 * 5  # fsync, replace, fsync for the index twice, two blocks and the card
+
+
+def test_a_teacher_that_gives_nan_is_named_with_its_block_and_nothing_is_written(tmp_path):
+    model, stream = tiny(), Stream()
+    with torch.no_grad():
+        model.embed_tokens.weight[int(stream.tokens[200])] = float("nan")
+        model.lm_head = torch.nn.Linear(32, PADDED, bias=False)
+    seen = np.flatnonzero(stream.tokens == stream.tokens[200])[0] // 160
+    with pytest.raises(Error, match=f"broken, block {seen} .*not finite"):
+        teach_model(model, stream, tmp_path, describe(model, stream, **settings(), teacher="broken"))
+    assert not block_path(tmp_path, int(seen)).exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"window": 8}, {"estimator": "topk(4)"}, {"batch": 4}, {"temperature": 1.5}]
+)
+def test_a_store_begun_with_other_settings_is_refused_with_the_difference(tmp_path, change):
+    model, stream = tiny(), Stream()
+    begin(tmp_path, describe(model, stream, **settings()))
+    ((name, value),) = change.items()
+    with pytest.raises(Error, match=f"{name} .* became {value}".replace("(", r"\(").replace(")", r"\)")):
+        teach_model(model, stream, tmp_path, describe(model, stream, **settings(**change)))
+
+
+def test_another_teacher_of_the_same_shape_is_refused(tmp_path):
+    stream = Stream()
+    begin(tmp_path, describe(tiny(), stream, **settings()))
+    with pytest.raises(Error, match="teacher_fingerprint"):
+        teach_model(tiny(seed=1), stream, tmp_path, describe(tiny(seed=1), stream, **settings()))
+
+
+def test_a_busy_or_foreign_folder_is_refused(tmp_path):
+    model, stream = tiny(), Stream()
+    info = describe(model, stream, **settings())
+    with locked(tmp_path), pytest.raises(Error, match="another process"):
+        teach_model(model, stream, tmp_path, info)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(Error, match=r"thesis\.txt"):
+        teach_model(model, stream, tmp_path, info)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"window": 0}, {"block_tokens": 100}, {"temperature": -1.0}, {"precision": "fp8"}, {"estimator": {"name": "best"}},
+     {"estimator": {"name": "threshold", "parameter": -0.1}}, {"windw": 3}, {"batch": "many"}],
+)  # fmt: skip
+def test_a_bad_recipe_is_refused(tmp_path, change):
+    with pytest.raises(Error):
+        configuration.parse(TeachConfig, {"teacher": "t", "data": "d", "output": "o", "window": 64} | change)
+
+
+def test_a_small_model_is_refused(tmp_path):
+    with pytest.raises(Error, match="vocabulary of 40, the data set one of 50"):
+        describe(tiny(40), Stream())
+    with pytest.raises(Error, match="no whole number of windows"):
+        describe(tiny(), Stream(), window=100)
+    with pytest.raises(Error, match="dense"):
+        describe(tiny(), Stream(), estimator="dense")
