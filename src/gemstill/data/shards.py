@@ -48,12 +48,13 @@ class DataConfig:
     tokenizer: Path  # a tokenizer.json, or a folder with one
     out: Path  # gets train/ and heldout/
     heldout_fraction: float = HELDOUT  # part of the documents kept for measuring, chosen by hash of their content
+    fraction: float = 1.0  # part of the other documents that is taken, chosen by hash too: a sample of a corpus
     drop_near_copies: bool = False  # leave out of train what is nearly a copy of a held-out document
     shard_bytes: int = 64 << 20  # bytes of text in a shard; documents are never cut
     workers: int = 0  # processes; 0 for one a core
 
     def __post_init__(self) -> None:
-        _check_options(self.heldout_fraction, self.shard_bytes, self.workers)
+        _check_options(self.heldout_fraction, self.fraction, self.shard_bytes, self.workers)
 
 
 class Written(NamedTuple):
@@ -71,6 +72,7 @@ def run(config: DataConfig) -> Written:
         Tokenizer.open(config.tokenizer),
         config.out,
         heldout_fraction=config.heldout_fraction,
+        fraction=config.fraction,
         drop_near_copies=config.drop_near_copies,
         shard_bytes=config.shard_bytes,
         workers=config.workers,
@@ -82,7 +84,7 @@ def plan(config: DataConfig) -> dict[str, object]:
     tokenizer = Tokenizer.open(config.tokenizer)
     found = source_files(config.source)
     size = sum(path.stat().st_size for path in found)
-    tokens = size / TYPICAL_BYTES_PER_TOKEN
+    tokens = size * config.fraction / TYPICAL_BYTES_PER_TOKEN
     return {
         "files": len(found),
         "bytes": size,
@@ -99,6 +101,7 @@ def write_dataset(
     folder: str | Path,
     *,
     heldout_fraction: float = HELDOUT,
+    fraction: float = 1.0,
     drop_near_copies: bool = False,
     shard_bytes: int = 64 << 20,
     workers: int = 0,
@@ -112,18 +115,23 @@ def write_dataset(
     that are whole; the indexes are written last.
 
     Args:
-        heldout_fraction: 0 makes no held-out set. workers: processes that encode, 0 for one a core.
+        heldout_fraction: 0 makes no held-out set.
+        fraction: of the documents that are not held out, the part that is taken, by their hashes too; a
+            smaller part is among a larger one's.
+        workers: processes that encode, 0 for one a core.
 
     Raises:
         Error: a source cannot be read or holds no text; a split remains empty; `folder` cannot be
             written, is in use, or holds shards of other documents or of another tokenizer.
     """
-    _check_options(heldout_fraction, shard_bytes, workers)
+    _check_options(heldout_fraction, fraction, shard_bytes, workers)
     several = [sources] if isinstance(sources, Source | str | Path) else list(sources)
     listed = [source if isinstance(source, Source) else Source(Path(source)) for source in several]
     total = sum(path.stat().st_size for source in listed for path in source_files(source))
     with files.locked(folder):
-        writer = _Writer(listed, tokenizer, Path(folder), heldout_fraction, shard_bytes, drop_near_copies)
+        for left in Path(folder).glob(f"*/*{files.TEMPORARY}"):  # by a run that was killed
+            left.unlink()
+        writer = _Writer(listed, tokenizer, Path(folder), heldout_fraction, fraction, shard_bytes, drop_near_copies)
         with Encoders(tokenizer, _workers(workers)) as encoders, Progress(total, "bytes", "data") as progress:
             pending: deque[Future[dict[str, Any]]] = deque()
             for job in writer.jobs(progress):
@@ -136,7 +144,7 @@ def write_dataset(
 
 
 def is_heldout(digest: bytes, fraction: float) -> bool:
-    """Whether a document is held out, by the SHA-256 of its text; a larger fraction holds out those of a smaller one."""
+    """Whether a document is held out, by the SHA-256 of its text; a larger fraction takes these and more."""
     return int.from_bytes(digest[:8], "big") < math.floor(fraction * 2.0**64)
 
 
@@ -164,10 +172,17 @@ class _Writer:
     """One run of `write_dataset`: gathers documents into jobs, turns results into indexes."""
 
     def __init__(
-        self, sources: list[Source], tokenizer: Tokenizer, folder: Path, heldout: float, shard_bytes: int, near: bool
+        self,
+        sources: list[Source],
+        tokenizer: Tokenizer,
+        folder: Path,
+        heldout: float,
+        fraction: float,
+        shard_bytes: int,
+        near: bool,
     ) -> None:
         self.sources, self.tokenizer, self.folder = sources, tokenizer, folder
-        self.heldout, self.shard_bytes, self.near = heldout, shard_bytes, near
+        self.heldout, self.fraction, self.shard_bytes, self.near = heldout, fraction, shard_bytes, near
         self.splits = SPLITS if heldout > 0 else SPLITS[:1]
         self.counts: Counter[str] = Counter()
         self.corpus = hashlib.sha256()
@@ -191,6 +206,9 @@ class _Writer:
                 digest = hashlib.sha256(data).digest()
                 self.corpus.update(digest)
                 split = SPLITS[is_heldout(digest, self.heldout)]
+                # Other bytes of the digest than is_heldout's, so that the two choices are independent.
+                if split == "train" and not is_heldout(digest[8:], self.fraction):
+                    continue
                 if split == "train" and copies is not None and copies.has(document.text):
                     self.counts["near copies"] += 1
                     continue
@@ -285,7 +303,9 @@ def _workers(asked: int) -> int:
     return asked or cores
 
 
-def _check_options(heldout_fraction: float, shard_bytes: int, workers: int) -> None:
+def _check_options(heldout_fraction: float, fraction: float, shard_bytes: int, workers: int) -> None:
+    if not 0 < fraction <= 1:
+        raise Error(f"fraction is {fraction}", fix="choose a number above 0, up to 1")
     if not 0 <= heldout_fraction < 1:
         raise Error(f"heldout_fraction is {heldout_fraction}", fix="choose a number from 0 up to 1, 1 left out")
     if shard_bytes < 1:

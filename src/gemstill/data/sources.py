@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gemstill.core.errors import Error
 from gemstill.text.tokenizer import valid_text
@@ -48,7 +48,7 @@ class Source:
 
 
 class Document(NamedTuple):
-    """One document. id: path inside the source, and the line for JSONL. read: bytes on disk that it ends a file of."""
+    """One document. id: path inside the source, and the line for JSONL. read: bytes read from disk since the last."""
 
     id: str
     text: str
@@ -103,13 +103,13 @@ def read_source(source: Source | str | Path, counts: Counter[str] | None = None)
         name = path.relative_to(root).as_posix() if path != root else path.name
         plain = path.with_suffix("") if path.suffix == ".gz" else path
         counts["files"] += 1
-        size = path.stat().st_size
         if plain.suffix in RECORDS:
-            yield from _records(path, name, source.field, size, counts)
+            yield from _records(path, name, source.field, counts)
         else:
-            text = decode(_contents(path), counts)
+            data = _contents(path)
+            text = decode(_unzipped(data, path) if plain != path else data, counts)
             if text is not None and text.strip():
-                yield Document(name, text, size)
+                yield Document(name, text, len(data))
             elif text is not None:
                 counts["empty"] += 1
 
@@ -137,26 +137,29 @@ def decode(data: bytes, counts: Counter[str] | None = None) -> str | None:
 
 def _contents(path: Path) -> bytes:
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise Error(f"is no whole gzip file ({error})", where=path, fix="fetch it again or leave it out") from error
+        return path.read_bytes()
     except OSError as error:
         raise Error(f"cannot be read ({error.strerror})", where=path) from error
 
 
-def _records(path: Path, name: str, key: str, size: int, counts: Counter[str]) -> Iterator[Document]:
+def _unzipped(data: bytes, path: Path) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise Error(f"is no whole gzip file ({error})", where=path, fix="fetch it again or leave it out") from error
+
+
+def _records(path: Path, name: str, key: str, counts: Counter[str]) -> Iterator[Document]:
     """The records of a JSONL file, line by line: files may be larger than memory."""
-    opened: Any = gzip.open if path.suffix == ".gz" else open
     position = 0
     try:
-        with opened(path, "rb") as lines:
+        with open(path, "rb") as raw:
+            lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
             for number, line in enumerate(lines, 1):
-                # Compressed lines say nothing of where the file stands; its end does.
-                read = len(line) if opened is open else 0
-                position += read
                 text = _record_text(line, f"{path}:{number}", key)
                 if text is not None and text.strip():
-                    yield Document(f"{name}:{number}", text, read)
+                    yield Document(f"{name}:{number}", text, raw.tell() - position)
+                    position = raw.tell()
                 elif text is not None:
                     counts["empty"] += 1
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

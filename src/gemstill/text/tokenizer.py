@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,11 @@ class Tokenizer:
         self.unk_id: int = self._control("<unk>", default=self.pad_id)
         self._fast.no_padding()
         self._fast.no_truncation()
+        added = self._fast.get_added_tokens_decoder().values()
+        self._added = {token.content for token in added}
+        controls = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, controls))})")
+        self._fast.encode_special_tokens = True  # the library's way to say: as text
         self._space_bytes = self._bytes_of_space()
         self._cuttable = self._cut_at_spaces()
 
@@ -103,28 +109,18 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """The ids of each text; the `tokenizers` library spreads a batch over the machine's cores."""
         parts: list[str] = []
-        owners: list[int] = []  # the text that each part belongs to; -1 - text where a U+2581 is due
-        for number, text in enumerate(texts):
-            if not text.isascii():
-                text = valid_text(text)
-            pieces = text.split(SPACE) if self._space_bytes and SPACE in text else [text]
-            for index, piece in enumerate(pieces):
-                if index:
-                    parts.append("")
-                    owners.append(-1 - number)
-                for part in self._parts(piece):
-                    parts.append(part)
-                    owners.append(number)
-        self._fast.encode_special_tokens = not special
-        encoded = self._fast.encode_batch_fast(parts, add_special_tokens=False)
-        result: list[list[int]] = [[] for _ in texts]
-        for owner, encoding in zip(owners, encoded, strict=True):
-            if owner < 0:
-                result[-1 - owner] += self._space_bytes
-            elif result[owner]:
-                result[owner] += encoding.ids
-            else:
-                result[owner] = encoding.ids
+        plans: list[list[list[int] | None]] = []  # per text: ids that are known, None for the next part's
+        for text in texts:
+            plans.append([])
+            for piece in self._pieces(text if text.isascii() else valid_text(text), special):
+                if isinstance(piece, str):
+                    parts.append(piece)
+                plans[-1].append(None if isinstance(piece, str) else piece)
+        encoded = iter(self._fast.encode_batch_fast(parts, add_special_tokens=False))
+        result: list[list[int]] = []
+        for plan in plans:
+            ids = [next(encoded).ids if known is None else known for known in plan]
+            result.append(ids[0] if len(ids) == 1 else list(itertools.chain.from_iterable(ids)))
         return result
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
@@ -132,7 +128,20 @@ class Tokenizer:
         text: str = self._fast.decode(list(ids), skip_special_tokens=not special)
         return text
 
-    def _parts(self, text: str) -> Iterator[str]:
+    def _pieces(self, text: str, special: bool) -> Iterator[str | list[int]]:
+        """A text in pieces that are encoded alone, and the ids of what the library would read otherwise."""
+        for index, part in enumerate(self._special.split(text) if special else [text]):
+            if index % 2:
+                found = self.token_id(part)
+                assert found is not None
+                yield [found]
+                continue
+            for number, piece in enumerate(part.split(SPACE) if self._space_bytes else [part]):
+                if number:
+                    yield self._space_bytes
+                yield from self._cut(piece)
+
+    def _cut(self, text: str) -> Iterator[str]:
         """Cut a long text where spaces begin, where a cut cannot change the ids."""
         start = 0
         while self._cuttable and len(text) - start > LONG:
@@ -141,7 +150,7 @@ class Tokenizer:
                 cut += 1
             yield text[start:cut]
             start = cut
-        yield text[start:] if start else text
+        yield text[start:]
 
     def _control(self, *names: str, default: int | None = None) -> int:
         for name in names:
@@ -169,8 +178,8 @@ class Tokenizer:
             return False
         if normalizer.normalize_str("a  b\n c") != f"a{SPACE * 2}b\n{SPACE}c":
             return False
-        special = {token.content for token in self._fast.get_added_tokens_decoder().values()}
-        if not all(_PIECE.fullmatch(piece) for piece in self._fast.get_vocab() if piece not in special):
+        pieces = (piece for piece in self._fast.get_vocab() if piece not in self._added)
+        if any(" " in token for token in self._added) or not all(map(_PIECE.fullmatch, pieces)):
             return False
         self._fast.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(f"{SPACE}+"), "merged_with_next")
         return True

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 
 from gemstill.core import files
 from gemstill.core.errors import Error
-from gemstill.text.tokenizer import SPACE, Tokenizer, valid_text
+from gemstill.text.tokenizer import FILES, SPACE, Tokenizer, valid_text
 
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", START_OF_TURN, END_OF_TURN)  # their ids are their places
@@ -53,6 +53,7 @@ def train_tokenizer(
     smallest = len(CONTROL) + 256 + 1
     if vocab_size < smallest:
         raise Error(f"a vocabulary of {vocab_size} is too small", fix=f"ask for at least {smallest} entries")
+    _check_folder(Path(folder))
     model = _train_sentencepiece(_sentences(_sampled(texts, sample)), vocab_size)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     with files.writing(folder, folder=True) as temporary:
@@ -60,6 +61,14 @@ def train_tokenizer(
         (temporary / "tokenizer.json").write_text(_tokenizer_json(processor), encoding="utf-8")
         files.write_json(temporary / "tokenizer_config.json", _tokenizer_config())
     return Tokenizer.open(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    """The folder is made whole or not at all, by replacing it: refuse one that holds other things."""
+    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
+    if others:
+        fix = "name a folder for the tokenizer alone"
+        raise Error(f"holds {others[0]!r}, which is no part of a tokenizer", where=folder, fix=fix)
 
 
 def _sampled(texts: Iterable[str], limit: int) -> list[str]:
