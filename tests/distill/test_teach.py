@@ -10,13 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from gemstill.checkpoint.huggingface import load, save
 from gemstill.core import config as configuration
 from gemstill.core.errors import Error
 from gemstill.core.files import locked
+from gemstill.data.dataset import TokenDataset
+from gemstill.data.shards import write_dataset
+from gemstill.distill import teach as module
 from gemstill.distill.store import Store, block_path
-from gemstill.distill.teach import TeachConfig, begin, describe, teach_block, teach_model
+from gemstill.distill.teach import TeachConfig, begin, describe, plan, run, teach_block, teach_model
 from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
+from gemstill.text.tokenizer import Tokenizer
+from gemstill.text.training import train_tokenizer
 
 VOCAB, PADDED, TOKENS, WINDOW = 50, 56, 413, 16
 
@@ -223,3 +229,54 @@ def test_a_small_model_is_refused(tmp_path):
         describe(tiny(), Stream(), window=100)
     with pytest.raises(Error, match="dense"):
         describe(tiny(), Stream(), estimator="dense")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tokenizer, a data set of real text and a (random) teacher of a padded vocabulary with a card, on disk."""
+    root = tmp_path_factory.mktemp("folders")
+    texts = [Path(module.__file__).with_name(f"{name}.py").read_text() for name in ("teach", "store", "estimators")]
+    (root / "text").mkdir()
+    for number, text in enumerate(texts):
+        (root / "text" / f"{number}.txt").write_text(text)
+    tokenizer = train_tokenizer(texts, root / "tokenizer", 400)
+    write_dataset(root / "text", tokenizer, root / "data", heldout_fraction=0, workers=1)
+    save(tiny(416), tokenizer, root / "teacher", card="---\ntags: [x]\nlicense: gemma\n---\n# A teacher\n")
+    return root
+
+
+def test_from_folders_to_a_folder(folders, tmp_path):
+    recipe = {"teacher": folders / "teacher", "data": folders / "data" / "train", "output": tmp_path / "store",
+              "window": 32, "block_tokens": 2048, "estimator": {"name": "threshold", "parameter": 0.1}}  # fmt: skip
+    config = configuration.parse(TeachConfig, recipe, ["precision=float32"])
+    figures = plan(config)
+    assert not config.output.exists()
+    store = run(config)
+    dataset = TokenDataset.open(folders / "data" / "train")
+    tokenizer = Tokenizer.open(folders / "tokenizer")
+    again = Store.open(config.output, dataset, tokenizer, vocab_size=416, window=32)
+    assert again.info == store.info
+    assert (store.info.teacher, store.info.teacher_licence, store.info.precision) == ("teacher", "gemma", "float32")
+    assert (store.vocab_size, store.info.stored_vocab_size) == (400, 416)
+    assert figures["tokens"] == len(store) == dataset.num_tokens
+    assert figures["blocks"] == store.info.num_blocks == -(-len(store) // 2048)
+    assert plan(config)["flops"] == 0
+    assert store.bytes_per_token < figures["bytes_per_token_at_most"] + 5000 / len(store) * store.info.num_blocks
+    card = (config.output / "README.md").read_text()
+    assert card.startswith("---\nlicense: gemma\n")
+    assert dataset.fingerprint in card
+    known = load(folders / "teacher")[0](torch.from_numpy(dataset.read(0, 32))[None])[0, :, :400].softmax(1).detach()
+    target = store[0:32]
+    stored = torch.zeros(32, 400).scatter_add_(1, target.ids, target.probs)
+    heavy = known >= 0.1
+    torch.testing.assert_close(stored[heavy], known[heavy], rtol=0, atol=1 / 4095 + 1e-5)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_and_both_named(folders, tmp_path):
+    other = train_tokenizer([Path(__file__).read_text()], tmp_path / "tokenizer", 400)
+    save(tiny(416), other, tmp_path / "teacher")
+    config = TeachConfig(tmp_path / "teacher", folders / "data" / "train", tmp_path / "store")
+    dataset = TokenDataset.open(folders / "data" / "train")
+    with pytest.raises(Error, match=f"{other.fingerprint[:16]}.*{dataset.tokenizer_fingerprint[:16]}"):
+        run(config)
+    assert not config.output.exists()
