@@ -139,22 +139,22 @@ def machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return probe().as_dict() | {"system": platform.platform(), "python": platform.python_version(), **versions}
+    return probe(fresh=True).as_dict() | {"system": platform.platform(), "python": platform.python_version(), **versions}
 
 
 def finish(rows: Sequence[Row], **more: Any) -> NoReturn:
     """Print a table, and as the last line everything as one JSON object; exit 1 when a bar is not met."""
     width = max([4, *(len(row.name) for row in rows)])
-    print(
-        f"\n{'':{width}}  {'ours':>10} {'peer':>10} {'unit':12} {'ratio':>6} {'low':>6} {'high':>6} {'share':>6} {'bar':>5}"
-    )
+    heads = [f"{head:>{size}}" for head, size in (("ours", 9), ("peer", 9), ("ratio", 6), ("low", 6), ("high", 6))]
+    print(f"\n{'':{width}}  {' '.join(heads)}  share    bar  unit")
     for row in rows:
-        cells = [_cell(value, width) for value, width in ((row.ours, 10), (row.peer, 10))]
-        ratios = [_cell(value, 6) for value in (row.ratio, row.low, row.high, row.share)]
-        verdict = "" if row.met is None else "met" if row.met else "NOT MET"
-        print(
-            f"{row.name:{width}}  {' '.join(cells)} {row.unit:12} {' '.join(ratios)} {_cell(row.bar, 5)} {verdict}".rstrip()
-        )
+        cells = [
+            _cell(row.ours, 9),
+            _cell(row.peer, 9),
+            *(_cell(x, 6) for x in (row.ratio, row.low, row.high, row.share)),
+        ]
+        verdict = "" if row.met is None else ", met" if row.met else ", NOT MET"
+        print(f"{row.name:{width}}  {' '.join(cells)} {_cell(row.bar, 6)}  {row.unit}{verdict}")
     print(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows], **more}))
     sys.exit(any(row.met is False for row in rows))
 

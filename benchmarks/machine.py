@@ -6,7 +6,6 @@ python benchmarks/machine.py
 from __future__ import annotations
 
 from common import arguments, compare, finish
-
 from gemstill.core.machine import probe
 
 
@@ -18,7 +17,7 @@ def main() -> None:
         for name, unit in (("float32", "GFLOP/s"), ("bfloat16", "GFLOP/s"), ("int8", "GOP/s"))
     ]
     rows.append(compare("reads", [found.read], None, "GB/s"))
-    finish(rows, fast=found.as_dict()["fast"])
+    finish(rows)
 
 
 if __name__ == "__main__":

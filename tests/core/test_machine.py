@@ -33,7 +33,7 @@ def test_measured_once_and_read_afterwards(cache: Path) -> None:
 
 
 def test_a_spoilt_record_is_measured_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Machine("cpu", 2, "x", 100.0, 20.0, 1.0, 30.0)
+    made = Machine("cpu", 2, "x", 100.0, 20.0, 1.0, 30.0, "float32")
     monkeypatch.setattr(machine, "_measure", lambda threads: made)
     probe()
     record = next(cache.rglob("machine-*.json"))
@@ -46,18 +46,30 @@ def test_a_spoilt_record_is_measured_anew(cache: Path, monkeypatch: pytest.Monke
 def test_the_probe_works_where_nothing_can_be_written(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = Machine("cpu", 2, "x", 100.0, 20.0, 1.0, 30.0)
+    made = Machine("cpu", 2, "x", 100.0, 20.0, 1.0, 30.0, "float32")
     monkeypatch.setattr(machine, "_measure", lambda threads: made)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert probe() == made
 
 
-def test_bfloat16_is_fast_only_where_it_was_measured_so() -> None:
-    assert Machine("avx512", 2, "x", 150.0, 790.0, 900.0, 46.0).fast_dtype == torch.bfloat16
-    assert Machine("avx2", 2, "x", 150.0, 20.0, 1.0, 34.0).fast_dtype == torch.float32
-    assert Machine("even", 2, "x", 150.0, 160.0, 1.0, 34.0).fast_dtype == torch.float32  # casts would eat it
-    assert Machine("avx2", 2, "x", 150.0, 20.0, 1.0, 34.0).rate(torch.bfloat16) == 20.0
+def test_bfloat16_is_fast_only_where_it_was_measured_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(float32: float, bfloat16: float) -> torch.dtype:
+        seconds = {torch.float32: 1 / float32, torch.bfloat16: 1 / bfloat16, torch.int8: 1.0}
+        monkeypatch.setattr(machine, "_product", lambda dtype: (lambda: seconds[dtype], 1.0))
+        monkeypatch.setattr(machine, "_best", lambda work, clock=None: work() if clock else 1.0)
+        return machine._measure(torch.get_num_threads()).fast_dtype
+
+    assert measured(150, 790) == torch.bfloat16  # AVX-512 with bfloat16
+    assert measured(150, 20) == torch.float32  # AVX2 alone: the dtype is there and slow
+    assert measured(150, 160) == torch.float32  # casts would eat it
+
+
+def test_the_probe_leaves_the_number_of_threads_as_it_was() -> None:
+    before = torch.get_num_threads()
+    found = machine._measure(before)
+    assert torch.get_num_threads() == found.cores == before
+    assert found.rate(torch.bfloat16) == found.bfloat16
 
 
 def test_the_environment_overrides_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:

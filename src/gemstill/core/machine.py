@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 OVERRIDE = "GEMSTILL_PRECISION"  # float32 or bfloat16, whatever the probe says
-_VERSION = 1  # of the cached record
+_VERSION = 2  # of the cached record
 _PASSES = 3
 _SECONDS = 0.04  # spent on each of the four measurements in one pass
 _SIZES = (256, 512, 1024)  # of the square products: the largest that takes no longer than _LONG seconds,
@@ -41,13 +41,14 @@ class Machine:
     bfloat16: float  # matrix products, GFLOP/s
     int8: float  # matrix products with int32 sums, GOP/s; 0 where torch has none
     read: float  # memory, GB/s
+    fast: str  # float32 or bfloat16, by the processor time of one thread: other programs cannot turn the choice
 
     @property
     def fast_dtype(self) -> torch.dtype:
         """The dtype of the fastest products, float32 or bfloat16."""
         import torch
 
-        return torch.bfloat16 if self.bfloat16 > _WORTH * self.float32 else torch.float32
+        return torch.bfloat16 if self.fast == "bfloat16" else torch.float32
 
     def rate(self, dtype: torch.dtype) -> float:
         """Products in `dtype` (float32, bfloat16 or int8), GFLOP/s."""
@@ -55,8 +56,7 @@ class Machine:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a run's or a benchmark's record."""
-        kept = {k: round(v, 1) if isinstance(v, float) else v for k, v in asdict(self).items()}
-        return kept | {"fast": str(self.fast_dtype).removeprefix("torch.")}
+        return {k: round(v, 1) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
 def cpu_name() -> str:
@@ -110,14 +110,14 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
     return probe().fast_dtype
 
 
-def _best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of several rounds of `work`."""
-    begin = time.perf_counter()
+def _best(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds, by `clock`, of the fastest of several rounds of `work`."""
+    begin = clock()
     best, rounds = float("inf"), 0
-    while rounds == 0 or time.perf_counter() - begin < _SECONDS:
-        start = time.perf_counter()
+    while rounds == 0 or clock() - begin < _SECONDS:
+        start = clock()
         work()
-        best, rounds = min(best, time.perf_counter() - start), rounds + 1
+        best, rounds = min(best, clock() - start), rounds + 1
     return best
 
 
@@ -143,17 +143,25 @@ def _product(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
 def _measure(threads: int) -> Machine:
     import torch
 
-    with torch.inference_mode():
-        memory = torch.ones(_BYTES // 8, dtype=torch.float64)
-        jobs: dict[str, tuple[Callable[[], object], float]] = {"read": (memory.sum, _BYTES / 1e9)}
-        for dtype in (torch.float32, torch.bfloat16, torch.int8):
-            with contextlib.suppress(RuntimeError):  # no product in this dtype
-                jobs[str(dtype).removeprefix("torch.")] = _product(dtype)
-        rates = dict.fromkeys(("float32", "bfloat16", "int8", "read"), 0.0)
-        for _ in range(_PASSES):  # in turn, so that a busy moment of the machine hits all alike
-            for name, (work, amount) in jobs.items():
-                rates[name] = max(rates[name], amount / _best(work))
-    return Machine(cpu_name(), threads, str(torch.__version__), **rates)
+    rates = dict.fromkeys(("float32", "bfloat16", "int8", "read"), 0.0)
+    try:
+        with torch.inference_mode():
+            memory = torch.ones(_BYTES // 8, dtype=torch.float64)
+            jobs: dict[str, tuple[Callable[[], object], float]] = {"read": (memory.sum, _BYTES / 1e9)}
+            torch.set_num_threads(1)
+            for dtype in (torch.float32, torch.bfloat16, torch.int8):
+                name = str(dtype).removeprefix("torch.")
+                with contextlib.suppress(RuntimeError):  # no product in this dtype
+                    work, amount = jobs[name] = _product(dtype)
+                    rates[name] = amount / _best(work, time.thread_time)
+            fast = "bfloat16" if rates["bfloat16"] > _WORTH * rates["float32"] else "float32"
+            torch.set_num_threads(threads)
+            for _ in range(_PASSES):  # in turn, so that a busy moment of the machine hits all alike
+                for name, (work, amount) in jobs.items():
+                    rates[name] = max(rates[name], amount / _best(work))
+    finally:
+        torch.set_num_threads(threads)
+    return Machine(cpu_name(), threads, str(torch.__version__), **rates, fast=fast)
 
 
 if __name__ == "__main__":
