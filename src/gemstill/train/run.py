@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemstill.core import machine
+from gemstill.core.allocator import keep_freed_memory
 from gemstill.core.config import dump
 from gemstill.core.errors import Error
 from gemstill.core.files import locked, read_json, sha256, write, write_json
@@ -66,6 +67,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             recipe or another process works in it; it cannot be written; the loss is not finite.
     """
     folder = Path(config.run)
+    keep_freed_memory()
     with ranks() as here, locked(folder) if here.rank == 0 else nullcontext():
         data = _open(config)
         shape = _shape(config, data)
