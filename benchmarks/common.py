@@ -139,7 +139,8 @@ def machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return probe(fresh=True).as_dict() | {"system": platform.platform(), "python": platform.python_version(), **versions}
+    system = {"system": platform.platform(), "python": platform.python_version()}
+    return probe(fresh=True).as_dict() | system | versions
 
 
 def finish(rows: Sequence[Row], **more: Any) -> NoReturn:

@@ -21,30 +21,53 @@ STOPPED, REFUSED = 130, 2  # exit statuses: stopped by Ctrl-C, an Error
 
 @dataclass(frozen=True)
 class Command:
-    """A job: the module with its `run(config)` and `plan(config)`, and the dataclass that says what it is told."""
+    """A job: a function that takes one configuration, and another that tells what it would cost."""
 
-    module: str
-    config: str  # "module:Class", the module light enough for --help
     help: str
+    module: str  # of both functions
+    config: str  # "module:Class", the configuration
+    run: str = "run"
+    plan: str = "plan"
     places: tuple[str, ...] = ()  # fields that may be given without their names
+    made: str = ""  # the field that says where the result lies
     resumes: bool = True  # stopped, the same command goes on where it was
 
 
 COMMANDS = {
     "quickstart": Command(
+        "the whole recipe in miniature: tokenizer, data, teacher, store, two students, report",
         "quickstart",
         "quickstart:QuickstartConfig",
-        "the whole recipe in miniature: tokenizer, data, teacher, store, two students, comparison, report",
     ),
-    "tokenizer": Command("text.training", "text.training:TokenizerConfig", "train a tokenizer on text"),
-    "data": Command("data.shards", "data.shards:DataConfig", "turn text into token shards"),
-    "train": Command("train.loop", "train.config:TrainConfig", "train a model, from scratch or from a teacher's store"),
-    "teach": Command("distill.teach", "distill.teach:TeachConfig", "write a teacher's probabilities over shards"),
+    "tokenizer": Command(
+        "train a tokenizer on text", "data.vocabulary", "data.vocabulary:TokenizerConfig", made="out", resumes=False
+    ),
+    "data": Command("turn text into token shards", "data.shards", "data.shards:DataConfig", made="out"),
+    "train": Command(
+        "train a model, from scratch or distilled from a teacher's store",
+        "train.run",
+        "train.config:TrainConfig",
+        run="train",
+    ),
+    "teach": Command(
+        "write a teacher's distributions over shards into a store",
+        "distill.teach",
+        "distill.teach:TeachConfig",
+        made="output",
+    ),
     "generate": Command(
-        "infer.generate", "infer.generate:GenerateConfig", "write on from a prompt", ("model", "prompt"), resumes=False
+        "write on from a prompt",
+        "infer.generate",
+        "infer.generate:GenerateConfig",
+        places=("model", "prompt"),
+        resumes=False,
     ),
     "report": Command(
-        "report.run", "report.run:ReportConfig", "make a run's report, one HTML file", ("folder",), resumes=False
+        "make a run's report, one HTML file",
+        "report.run",
+        "report.run:ReportConfig",
+        places=("run",),
+        resumes=False,
     ),
 }
 
@@ -99,9 +122,11 @@ def _run(name: str, command: Command, words: list[str]) -> None:
     recipe, overrides, dry_run = _parse(name, command, config_class, words)
     config = parse(config_class, recipe, overrides)
     module = importlib.import_module(f"gemstill.{command.module}")
-    result = module.plan(config) if dry_run else module.run(config)
+    result = getattr(module, command.plan if dry_run else command.run)(config)
     if isinstance(result, Mapping):
         print(figures(result))
+    elif command.made:
+        print(f"written: {getattr(config, command.made)}")
 
 
 def _parse(
