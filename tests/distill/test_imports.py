@@ -7,9 +7,10 @@ import textwrap
 from pathlib import Path
 
 import torch
-from test_store import info, make
 
 import gemstill
+
+from .test_store import info, make
 
 # Ours, and what torch itself imports, which is there wherever torch is.
 ALLOWED = "torch torchgen functorch triton nvidia numpy numpy.libs safetensors"

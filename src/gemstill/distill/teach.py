@@ -24,7 +24,9 @@ from gemstill.distill.estimators import Estimator
 from gemstill.distill.store import INDEX, Rows, Shards, Store, StoreInfo, block_path, encode, write_block, write_index
 from gemstill.model.transformer import Transformer
 
-LOGITS = 1 << 22  # held at once, elements; fixed, so that the shapes of the products, and with them bits, are
+# Held at once: so many logits, but no fewer rows than make reading a large head worth while. Fixed, since the
+# shapes of products decide their last bits.
+LOGITS, ROWS = 1 << 22, 128
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ class _Estimate:
     def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> None:
         flat = hidden[self.real]
         cast = head[: self.info.vocab_size].to(hidden.dtype)  # without padding: it can never be drawn
-        for x in torch.split(flat, max(1, LOGITS // len(cast))):
+        for x in torch.split(flat, max(ROWS, LOGITS // len(cast))):
             z = F.linear(x, cast).float()
             z = z if softcap is None else softcap * torch.tanh(z / softcap)
             probs = (z / self.info.temperature).softmax(1)
