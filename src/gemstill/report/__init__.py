@@ -1,0 +1,1 @@
+"""A run's report: one HTML file that opens offline, and the table for the terminal."""
