@@ -146,7 +146,7 @@ def in_words(summary: dict[str, Any]) -> list[str]:
         bought = f"Distillation made no difference that these documents can show: perplexity went {change} ({interval})"
     extra = distilled_flops(summary) / distilled["flops"]
     cost = f"with teacher and store it took {extra:.1f} times the FLOPs of the student alone"
-    said = [f"{bought}, at the same tokens; {cost}."]
+    said = [f"{bought}, at the same tokens{', held back by its teacher' if low > 1 else ''}; {cost}."]
     if "scratch_longer" in summary["rows"]:
         longer = summary["scratch_longer"]
         better = "better" if longer["heldout_nll"] < distilled["heldout_nll"] else "worse"
