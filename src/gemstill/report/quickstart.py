@@ -139,9 +139,7 @@ def in_words(summary: dict[str, Any]) -> list[str]:
     if high < 1:
         bought = f"Distillation lowered the student's held-out perplexity {change} ({interval})"
     elif low > 1:
-        bought = (
-            f"Distillation raised the student's held-out perplexity {change} ({interval}): the teacher held it back"
-        )
+        bought = f"Distillation raised the student's held-out perplexity {change} ({interval})"
     else:
         bought = f"Distillation made no difference that these documents can show: perplexity went {change} ({interval})"
     extra = distilled_flops(summary) / distilled["flops"]
