@@ -131,8 +131,8 @@ class Loader:
         self.window, self.windows_per_step, self.seed = window, windows_per_step, seed
         self.tokens_per_step = window * windows_per_step
         self._quotas = np.array(quotas(self.weights, max(BLOCK, len(sources))), dtype=np.int64)
-        self._ends = np.cumsum(self._quotas)
-        self._block = int(self._ends[-1])
+        self._block = int(self._quotas.sum())
+        self._blocks: dict[int, tuple[Ints, Ints]] = {}
 
     def describe(self) -> dict[str, object]:
         """All that the order depends on, and the data: two loaders with equal descriptions give equal batches."""
@@ -154,9 +154,10 @@ class Loader:
         """Source and start of each window of a step's global batch, each [windows_per_step] int64."""
         number = step * self.windows_per_step + np.arange(self.windows_per_step, dtype=np.int64)
         block, within = np.divmod(number, self._block)
-        slot = permute(within, self._block, _key(self.seed, 0, block))
-        source = np.searchsorted(self._ends, slot, side="right").astype(np.int64)
-        used = block * self._quotas[source] + slot - (self._ends - self._quotas)[source]
+        source, used = np.empty_like(number), np.empty_like(number)
+        for which in np.unique(block).tolist():
+            here = block == which
+            source[here], used[here] = (part[within[here]] for part in self._mixture(which))
         start = np.empty_like(number)
         for which, dataset in enumerate(self.datasets):
             here = source == which
@@ -164,6 +165,19 @@ class Loader:
             epoch, index = np.divmod(used[here], windows)
             start[here] = permute(index, windows, _key(self.seed, which + 1, epoch)) * self.window
         return source, start
+
+    def _mixture(self, block: int) -> tuple[Ints, Ints]:
+        """Source of each window of a block, and how many of that source's came before it since the beginning."""
+        found = self._blocks.get(block)
+        if found is None:
+            slot = permute(np.arange(self._block), self._block, _key(self.seed, 0, block))
+            source = np.searchsorted(np.cumsum(self._quotas), slot, side="right").astype(np.int64)
+            used = np.empty_like(source)
+            for which, quota in enumerate(self._quotas.tolist()):
+                used[source == which] = block * quota + np.arange(quota)
+            found = source, used
+            self._blocks = {block: found}  # the next steps ask for the same one
+        return found
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The part of a step's global batch that `rank` of `world` has: ranks' parts in order make the whole.

@@ -117,19 +117,17 @@ def read_source(source: Source | str | Path, counts: Counter[str] | None = None)
 def decode(data: bytes, counts: Counter[str] | None = None) -> str | None:
     """The text that a file's bytes spell, or None (and `binary` counted) when they are no text."""
     counts = Counter() if counts is None else counts
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None)
     try:
-        for mark, encoding in _MARKS:
-            if data.startswith(mark):
-                return valid_text(data.decode(encoding))
-        text = data.decode("utf-8")
+        text = data.decode(encoding or "utf-8")
     except UnicodeDecodeError:
         controls = len(_CONTROLS.findall(data)) + len(_CONTROLS_8BIT.findall(data))
-        if b"\0" in data or controls > BINARY_SHARE * len(data):
+        if encoding or b"\0" in data or controls > BINARY_SHARE * len(data):
             counts["binary"] += 1
             return None
         counts["latin-1"] += 1
         return data.decode("latin-1")
-    if len(_CONTROLS.findall(data)) > BINARY_SHARE * len(data):
+    if encoding in (None, "utf-8-sig") and len(_CONTROLS.findall(data)) > BINARY_SHARE * len(data):
         counts["binary"] += 1
         return None
     return text
