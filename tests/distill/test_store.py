@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from gemstill.core import files
 from gemstill.core.errors import Error
@@ -130,7 +131,7 @@ def test_a_flipped_byte_is_found_and_its_block_named(tmp_path, block):
         Store.open(tmp_path).verify()
 
 
-@pytest.mark.parametrize("what", ["short", "gone", "empty", "swapped", "noise"])
+@pytest.mark.parametrize("what", ["short", "gone", "empty", "swapped", "noise", "foreign"])
 def test_a_broken_block_is_named(tmp_path, what):
     make(tmp_path, info())
     path = block_path(tmp_path, 1)
@@ -139,7 +140,9 @@ def test_a_broken_block_is_named(tmp_path, what):
         path.unlink()
     else:
         other = block_path(tmp_path, 0).read_bytes()
-        path.write_bytes({"short": data[:-30], "empty": b"", "swapped": other, "noise": b"\xff" * 900}[what])
+        foreign = save({"counts": np.zeros((BLOCK, 2)), "ids": np.zeros(3), "weights": np.zeros(3)}, {"gemstill": "[]"})
+        bad = {"short": data[:-30], "empty": b"", "swapped": other, "noise": b"\xff" * 900, "foreign": foreign}
+        path.write_bytes(bad[what])
     store = Store.open(tmp_path)
     store[:BLOCK]
     with pytest.raises(Error, match="block-000001"):

@@ -83,7 +83,7 @@ def test_each_row_is_the_teachers_in_its_document_and_window(tmp_path, temperatu
 @pytest.mark.parametrize("estimator", ["threshold(0.1)", "sample(20)"])
 def test_the_mean_over_seeds_is_the_teachers_distribution(tmp_path, estimator):
     model, stream = tiny(), Stream()
-    mean, seeds = torch.zeros(TOKENS, VOCAB), 40
+    mean, seeds = torch.zeros(TOKENS, VOCAB), 24
     for seed in range(seeds):
         info = describe(model, stream, **settings(estimator=estimator, seed=seed))
         ids, probs, _ = teach_model(model, stream, tmp_path / str(seed), info)[:]

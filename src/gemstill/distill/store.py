@@ -217,6 +217,8 @@ class _Block:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise self.damaged(f"cannot be read ({error})") from error
         self.counts: NDArray[np.uint8] = counts
+        if not isinstance(label, dict) or any(part.dtype != np.uint8 for part in (counts, self.ids, self.weights)):
+            raise self.damaged("is no block of a store")
         if label.get("block") != block or label.get("dataset") != info.dataset_fingerprint:
             raise self.damaged(f"is block {label.get('block')} of another place")
         if counts.shape != (stop - first, 2):
