@@ -27,7 +27,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     """
     a, b, c = COEFFICIENTS
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     x = (x / norm.clamp(min=1e-7)).to(dtype)
     for _ in range(ROUNDS):
         gram = x @ x.mT
