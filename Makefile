@@ -53,6 +53,7 @@ test-gpu: $(READY)
 
 lint: $(READY)
 	.venv/bin/ruff check src tests benchmarks
+	.venv/bin/ruff format --check --quiet src tests benchmarks
 	.venv/bin/mypy
 
 bench: $(READY)
