@@ -57,15 +57,16 @@ def test_embedding_scale_rounded_to_compute_dtype(width, rounded):
     """√3072 is 55.4256, but 55.5 in bfloat16, and that is what the weights were trained with."""
     config = replace(BASE, hidden_size=width, num_layers=1, num_heads=1, num_kv_heads=1, vocab_size=5)
     model = Transformer(config, compute_dtype=torch.bfloat16)
-    torch.nn.init.ones_(model.embed_tokens.weight)
     inputs = []
-    model.layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0][0, 0]))
     model(torch.tensor([[1]]))
     model.compute_dtype = None
     model(torch.tensor([[1]]))
-    assert inputs[0].dtype == torch.bfloat16
-    assert set(inputs[0].flatten().tolist()) == {rounded}
-    torch.testing.assert_close(inputs[1], torch.full((1, 1, width), math.sqrt(width)))
+    row = model.embed_tokens.weight[1].detach()
+    assert torch.equal(inputs[0], row.bfloat16() * torch.tensor(rounded).bfloat16())
+    exactly = (row.bfloat16().float() * math.sqrt(width)).bfloat16()
+    assert torch.equal(inputs[0], exactly) == (math.sqrt(width) == rounded)
+    torch.testing.assert_close(inputs[1], row * math.sqrt(width))
 
 
 def test_rotary_angles_in_float32():
