@@ -36,34 +36,41 @@ def chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> s
     if not drawn:
         return ""
     xs, ys = ([point[axis] for s in drawn for point in s.points] for axis in (0, 1))
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(*_inner_range(ys))
-    left, right = min(xs), max(max(xs), min(xs) + 1e-9)
+    left, right = min(0.0, *xs), max(0.0, *xs) or 1.0
+    x_ticks, y_ticks = ticks(left, right), ticks(*_shown_range(ys))
     low, high = y_ticks[0], y_ticks[-1]
+    box = (LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM)
 
     def place(x: float, y: float) -> Point:
-        across = LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
-        up = HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return across, max(TOP, min(HEIGHT - BOTTOM, up))
+        across = LEFT + (x - left) / (right - left) * (box[1] - box[0])
+        return across, box[3] - (y - low) / (high - low) * (box[3] - box[2])
 
-    body = [_axes(x_ticks, y_ticks, place, x_label, y_label)]
-    body += [_line(s, place) for s in drawn]
+    lines = "".join(_line(s, place) for s in drawn)
+    # An image of its own inside the image cuts off what lies above the shown range.
+    width, height = box[1] - box[0], box[3] - box[2]
+    view = f'x="{LEFT - 4}" y="{TOP}" width="{width + 8}" height="{height + 4}"'
+    view += f' viewBox="{LEFT - 4} {TOP} {width + 8} {height + 4}"'
+    body = f"{_axes(x_ticks, y_ticks, place, x_label, y_label)}<svg {view}>{lines}</svg>"
     told = title + ": " + "; ".join(f"{s.name} ends at {s.points[-1][1]:.4g} {y_label}" for s in drawn)
     legend = "".join(f'<li><span class="key c{s.color}"></span>{escape(s.name)}</li>' for s in drawn)
     data = {
-        "x": [left, right], "box": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM], "unit": x_label,
+        "x": [left, right], "box": box, "unit": x_label,
         "series": [{"name": s.name, "color": s.color, "points": [_rounded(p) for p in s.points]} for s in drawn],
     }  # fmt: skip
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption><ul class="legend">{legend}</ul>'
         f'<div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(told)}">'
-        f'{"".join(body)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
+        f'{body}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
         f'<div class="tip" hidden></div></div><script type="application/json">{_safe(data)}</script></figure>'
     )
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that cover [low, high], about `count` of them: steps of 1, 2 or 5 times a power of ten."""
-    span = (high - low) or abs(high) or 1.0
+    span = high - low
+    if span <= 1e-6 * max(abs(low), abs(high)):  # one value, but for rounding: room below and above
+        span = abs(high) or 1.0
+        low, high = low - span / 2, high + span / 2
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
@@ -72,7 +79,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def _inner_range(values: Sequence[float]) -> tuple[float, float]:
+def _shown_range(values: Sequence[float]) -> tuple[float, float]:
     """The range to show: all of it, less the few first and highest values of an untrained model."""
     ordered = sorted(values)
     return ordered[0], ordered[min(len(ordered) - 1, math.ceil(0.98 * (len(ordered) - 1)))]

@@ -21,6 +21,7 @@ for (const figure of document.querySelectorAll('figure.chart')) {
     head.textContent = said(x) + ' ' + data.unit;
     tip.append(head);
     for (const [s, point] of near) {
+      if (Math.abs(point[0] - x) > (data.x[1] - data.x[0]) / 8) continue; // the line ends elsewhere
       const row = document.createElement('div'), key = document.createElement('span');
       key.className = 'key c' + s.color;
       row.append(key, s.name + '  ' + said(point[1]));
