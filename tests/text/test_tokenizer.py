@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gemstill.core.errors import Error
-from gemstill.text.tokenizer import LONG, SPACE, Tokenizer, valid_text
+from gemstill.text.tokenizer import SPACE, Tokenizer, valid_text
 from gemstill.text.training import CONTROL
 from tests.text import texts
 from tests.text.conftest import corpus
@@ -118,13 +118,22 @@ def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> 
     assert tokenizer.decode(tokenizer.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
 
 
-def test_a_long_text_cut_in_parts_has_the_same_ids(tokenizer: Tokenizer, processor) -> None:
-    """Memory: an encoding takes some 100 bytes a token, so long documents are encoded in parts."""
-    unit = "".join(text for text in corpus() if SPACE not in text)
-    text = (unit * (LONG // len(unit) + 2))[: LONG + LONG // 4]
-    assert len(list(tokenizer._cut(text))) == 2
+def test_long_texts_have_the_same_ids(tokenizer: Tokenizer, processor) -> None:
+    text = "".join(text for text in corpus() if SPACE not in text) * 10
     assert tokenizer.encode(text) == processor.encode(text)
     assert tokenizer.encode("a" * 10_000) == processor.encode("a" * 10_000)
+    assert tokenizer.encode(" " * 10_000) == processor.encode(" " * 10_000)
+
+
+def test_remembered_words_are_forgotten_in_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemstill.text.tokenizer.CACHE", 5000)
+    ours = Tokenizer.open(folder)
+    text = corpus()[0]
+    first = ours.encode(text)
+    assert ours._cached > 5000
+    assert ours.encode("x") == Tokenizer.open(folder).encode("x")
+    assert ours._cached < 10
+    assert ours.encode(text) == first
 
 
 def test_batches_keep_their_order_and_empty_texts(tokenizer: Tokenizer) -> None:
@@ -154,16 +163,29 @@ def test_other_peoples_tokenizers_open_with_their_ids(tmp_path: Path) -> None:
     assert ours.encode("a  b") == fast.encode("a  b").ids
 
 
-def test_a_piece_that_reaches_over_spaces_forbids_cutting(folder: Path, tmp_path: Path) -> None:
-    """The speed-up by cutting at spaces is exact only where no piece spans a cut; others go without it."""
+@pytest.mark.parametrize(
+    ("left", "right", "text", "cut"),
+    [
+        ("a", f"{SPACE}a", "a a a", False),  # over a space: whole texts
+        (".", "a", "a.a .a", True),  # punctuation and letter: words of both
+        ("l", "o", "hello lo", True),  # as SentencePiece makes them
+    ],
+)
+def test_texts_are_cut_only_where_no_piece_reaches_over(
+    folder: Path, tmp_path: Path, left: str, right: str, text: str, cut: bool
+) -> None:
+    """The speed-up by cutting into words is exact only where no piece spans a cut; others go without it."""
     data = json.loads((folder / "tokenizer.json").read_text())
-    pieces = data["model"]["vocab"]
-    pieces[f"a{SPACE}a"] = len(pieces)
-    data["model"]["merges"] = [["a", f"{SPACE}a"], *data["model"]["merges"]]
+    data["model"]["vocab"].setdefault(left + right, len(data["model"]["vocab"]))
+    data["model"]["merges"] = [[left, right], *data["model"]["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     ours = Tokenizer.open(tmp_path)
     raw = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert ours.encode("a a a") == raw.encode("a a a", add_special_tokens=False).ids
+    assert ours._cuttable == cut
+    for each in (text, *corpus()):
+        if SPACE not in each:
+            assert ours.encode(each) == raw.encode(each, add_special_tokens=False).ids
+            assert ours.decode(ours.encode(each)) == each
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "not json", '{"model": 3}'])
