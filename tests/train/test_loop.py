@@ -199,7 +199,7 @@ def test_the_plan_tells_what_the_run_takes(recipe: TrainConfig) -> None:
     assert figures["flops"] == pytest.approx(summary["flops"])
     assert figures["parameters"] == summary["parameters"]
     assert not {"memory_bytes", "disk_bytes", "seconds"} - figures.keys()
-    tokens = dataclasses.replace(recipe, steps=0, tokens=1000)
+    tokens = dataclasses.replace(recipe, run=recipe.run + "-tokens", steps=0, tokens=1000)
     assert plan(tokens)["steps"] == 8
 
 
