@@ -31,11 +31,13 @@ help:
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@test -x $(RUN) && $(RUN) -c 'import pip' 2>/dev/null || { rm -rf .venv && $(PYTHON) -m venv .venv; } || \
+	@echo "make: setting up .venv, a few minutes the first time"
+	@test -x $(RUN) && $(RUN) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { rm -rf .venv && $(PYTHON) -m venv .venv; } || \
 	  { rm -rf .venv; echo "make: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@if test -n "$(TORCH_INDEX)" && $(RUN) -c '$(REACH)' "$(TORCH_INDEX)" 2>/dev/null; then \
-	  $(RUN) -m pip install --quiet -c constraints.txt --extra-index-url "$(TORCH_INDEX)" torch; \
-	else true; fi
+	  $(RUN) -m pip install --quiet -c constraints.txt --extra-index-url "$(TORCH_INDEX)" torch || \
+	  echo "make: $(TORCH_INDEX) broke off; taking pip's own build"; fi
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test,lint]'
 	@touch $@
 
