@@ -62,6 +62,7 @@ def ranks() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # a rank that leaves first would cut a connection another still uses
     finally:
         dist.destroy_process_group()
 
