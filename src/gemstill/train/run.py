@@ -50,7 +50,9 @@ class _Data:
 
     def fingerprints(self) -> dict[str, Any]:
         heldout = [dataset.fingerprint for dataset in self.heldout]
-        stores = [sha256(store.folder / "index.json") for store in self.stores]
+        from gemstill.distill.store import INDEX
+
+        stores = [sha256(store.folder / INDEX) for store in self.stores]
         return {"data_fingerprints": [d.fingerprint for d in self.train], "heldout_fingerprints": heldout,
                 "store_fingerprints": stores, "tokenizer_fingerprint": self.tokenizer.fingerprint}  # fmt: skip
 
