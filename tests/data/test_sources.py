@@ -118,6 +118,25 @@ def test_pattern_exclusions_and_hidden_files(tmp_path: Path) -> None:
     assert list(texts(source)) == ["a.py", "c.py.gz", "deep/er/e.py"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "due"),
+    [
+        ("**/*", ["a.py", "b/a.py", "b/c/a.py", "b/c/d.txt"]),
+        ("**", ["a.py", "b/a.py", "b/c/a.py", "b/c/d.txt"]),
+        ("*", ["a.py"]),
+        ("*/*.py", ["b/a.py"]),
+        ("b/**/*.py", ["b/a.py", "b/c/a.py"]),
+        ("**/c/?.[pt]*", ["b/c/a.py", "b/c/d.txt"]),
+    ],
+)
+def test_patterns(tmp_path: Path, pattern: str, due: list[str]) -> None:
+    for name in ("a.py", "b/a.py", "b/c/a.py", "b/c/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = [path.relative_to(tmp_path).as_posix() for path in source_files(Source(tmp_path, pattern=pattern))]
+    assert found == due
+
+
 def test_order_is_by_name_not_by_file_system(tmp_path: Path) -> None:
     names = [f"{number}.txt" for number in range(30)]
     random.Random(0).shuffle(names)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,21 +67,34 @@ def source_files(source: Source) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise Error("there is no such file or folder", where=root, fix="check the path of the source")
-    try:
-        found = {path for pattern in (source.pattern, source.pattern + ".gz") for path in root.glob(pattern)}
-    except (ValueError, NotImplementedError) as error:
-        raise Error(f"pattern {source.pattern!r} cannot be used ({error})", where=root) from error
-    kept = []
-    for path in sorted(found, key=lambda path: path.relative_to(root).parts):
-        parts = path.relative_to(root).parts
-        hidden = any(part.startswith(".") for part in parts)
-        left_out = any(fnmatch(part, pattern) for part in parts for pattern in source.exclude)
-        if not hidden and not left_out and path.is_file():
-            kept.append(path)
-    if not kept:
+    patterns = source.pattern.split("/")
+    if not all(patterns):
+        raise Error(f"pattern {source.pattern!r} cannot be used", where=root, fix="give one relative to the folder")
+
+    def kept(name: str) -> bool:
+        return not name.startswith(".") and not any(fnmatchcase(name, each) for each in source.exclude)
+
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = filter(kept, folders)  # what is excluded is not even looked into
+        inside = Path(folder).relative_to(root).parts
+        for name in filter(kept, names):
+            if _matches((*inside, name.removesuffix(".gz")), patterns) or _matches((*inside, name), patterns):
+                found.append((*inside, name))
+    files = [path for parts in sorted(found) if (path := root.joinpath(*parts)).is_file()]
+    if not files:
         fix = "put text there, or widen the pattern"
         raise Error(f"no file matches {source.pattern!r}", where=root, fix=fix)
-    return kept
+    return files
+
+
+def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a path, in parts, matches a pattern, in parts, where ** stands for any number of folders."""
+    if not patterns or not parts:
+        return not patterns and not parts
+    if patterns[0] == "**":
+        return len(patterns) == 1 or any(_matches(parts[skip:], patterns[1:]) for skip in range(len(parts)))
+    return fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
 
 
 def read_source(source: Source | str | Path, counts: Counter[str] | None = None) -> Iterator[Document]:
