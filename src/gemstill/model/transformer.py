@@ -186,7 +186,11 @@ class Transformer(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks by torch.compile: one graph for local and one for global layers, not one a layer."""
+        """Train on compiled blocks: one graph for local and one for global layers, not one a layer.
+
+        Without gradients the blocks stay as they are: evaluation and generation have many shapes, and each
+        would be compiled anew, which takes longer than it saves.
+        """
         self._run_block = torch.compile(Block.forward, dynamic=False)
 
     def forward(
@@ -239,12 +243,13 @@ class Transformer(nn.Module):
         # The scale is rounded to the compute dtype, as the published weights were trained with it.
         x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
         start = 0 if cache is None else cache.length
+        run = self._run_block if torch.is_grad_enabled() else Block.__call__
         for number, layer in enumerate(self.layers):
             state = None if cache is None else cache.layers[number]
             if self.checkpointing and self.training and state is None:
-                x = checkpoint(self._run_block, layer, x, where, use_reentrant=False)
+                x = checkpoint(run, layer, x, where, use_reentrant=False)
             else:
-                x = self._run_block(layer, x, where, state, start)
+                x = run(layer, x, where, state, start)
         if cache is not None:
             cache.length += tokens.shape[1]
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
