@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gemstill.core.errors import Error
 from gemstill.train.config import HardConfig, OptimizerConfig, ScheduleConfig
-from gemstill.train.optimizer import Muon, Optimizer, orthogonalize
+from gemstill.train.optimizer import Muon, Optimizer, _iterate, orthogonalize
 from gemstill.train.schedule import factor
 
 
@@ -51,6 +51,17 @@ def test_orthogonalize_makes_singular_values_alike() -> None:
     assert orthogonalize(torch.zeros(2, 4, 4)).abs().sum() == 0
 
 
+def test_the_short_form_is_the_plain_iteration() -> None:
+    """Also for matrices of nearly low rank, whose squares have singular values near nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 30, 8, generator=generator) @ torch.randn(3, 8, 90, generator=generator)
+    x = x + 0.01 * torch.randn(3, 30, 90, generator=generator)
+    exact = orthogonalize(x.double(), torch.float64)
+    normed = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    torch.testing.assert_close(_iterate(normed.double()), exact, rtol=1e-4, atol=1e-5)
+    assert (orthogonalize(x) - exact).norm() < 1e-3 * exact.norm()
+
+
 def test_muon_in_float32_is_torch_muon(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.optim.Muon rounds to bfloat16 inside; told not to, it is the same function as ours."""
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
@@ -63,7 +74,7 @@ def test_muon_in_float32_is_torch_muon(monkeypatch: pytest.MonkeyPatch) -> None:
             backward(net, step)
             optimizer.step()
     for x, y in zip(matrices(ours), matrices(theirs), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
 def test_muon_in_bfloat16_is_as_near_as_torch_muon() -> None:

@@ -25,14 +25,40 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     The singular values of the result lie about between 0.7 and 1.2, which Muon does as well with as with 1.
     Returns `dtype`. A matrix of zeros stays zero.
     """
-    a, b, c = COEFFICIENTS
-    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = (x / norm.clamp(min=1e-7)).to(dtype)
+    x = (x / norm.clamp(min=1e-7)).to(dtype).contiguous()
+    # The short form squares the condition number, which bfloat16 cannot bear, and saves nothing on squares.
+    short = dtype != torch.bfloat16 and x.shape[-1] >= 2 * x.shape[-2]
+    x = _polynomial(x @ x.mT) @ x if short else _iterate(x)
+    return x.mT if tall else x
+
+
+def _iterate(x: Tensor) -> Tensor:
+    """Each round takes x [n, r, c] to (a + b·g + c·g²)·x with g = x·xᵀ."""
+    a, b, c = COEFFICIENTS
     for _ in range(ROUNDS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+    return x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """What `_iterate` multiplies x by, from g = x·xᵀ [n, r, r] alone: the rounds' factors are polynomials in g.
+
+    With p = a + b·g + c·g², the next round's g is p·g·p: products of the small side only.
+    """
+    a, b, c = COEFFICIENTS
+    total = None
+    for turn in range(ROUNDS):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        total = p if total is None else p @ total
+        if turn < ROUNDS - 1:
+            gram = p @ gram @ p
+    assert total is not None
+    return total
 
 
 class Muon(torch.optim.Optimizer):
