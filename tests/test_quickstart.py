@@ -48,7 +48,9 @@ def test_summary_says_what_was_measured(made: Path) -> None:
         figures = summary[row]
         assert math.isclose(figures["perplexity"], math.exp(figures["heldout_nll"]))
         assert 0 < figures["heldout_nll"] < math.log(SMALL["VOCAB"])  # better than knowing nothing
-        assert figures["flops"] > 0 and figures["tokens_per_second"] > 0 and figures["bits_per_byte"] > 0
+        assert figures["flops"] > 0
+        assert figures["tokens_per_second"] > 0
+        assert figures["bits_per_byte"] > 0
     assert summary["scratch"]["tokens_seen"] == summary["distilled"]["tokens_seen"] == SMALL["STUDENT_TOKENS"]
     ratio = math.exp(summary["distilled"]["heldout_nll"] - summary["scratch"]["heldout_nll"])
     assert math.isclose(summary["ratio"], ratio, rel_tol=1e-6)
@@ -56,7 +58,9 @@ def test_summary_says_what_was_measured(made: Path) -> None:
 
 def test_report_is_one_file_that_opens_offline(made: Path) -> None:
     class Links(HTMLParser):
-        found: list[str] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[str] = []
 
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
             self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
@@ -65,7 +69,8 @@ def test_report_is_one_file_that_opens_offline(made: Path) -> None:
     parser = Links()
     parser.feed(text)
     assert [link for link in parser.found if not link.startswith(("#", "data:"))] == []
-    assert "@import" not in text and "url(http" not in text
+    assert "@import" not in text
+    assert "url(http" not in text
 
 
 def test_transformers_opens_the_model_with_the_same_logits(made: Path) -> None:
@@ -92,9 +97,11 @@ def test_bootstrap_interval_covers_and_pairs() -> None:
     hard = rng.normal(5, 1, 60)  # documents differ far more than models do
     ratio, low, high = bootstrap((hard - 0.1) * tokens, hard * tokens, tokens)
     assert math.isclose(ratio, math.exp(-0.1), rel_tol=1e-9)
-    assert math.isclose(low, ratio, rel_tol=1e-9) and math.isclose(high, ratio, rel_tol=1e-9)
+    assert math.isclose(low, ratio, rel_tol=1e-9)
+    assert math.isclose(high, ratio, rel_tol=1e-9)
     ratio, low, high = bootstrap((hard + rng.normal(0, 0.1, 60)) * tokens, hard * tokens, tokens)
-    assert low < 1 < high and 1.001 < high / low < 1.2
+    assert low < 1 < high
+    assert 1.001 < high / low < 1.2
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "data", "teacher", "teach", "scratch", "distilled"])

@@ -79,6 +79,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 refused, 130 stopped)."""
+    # OpenMP's threads spin while they wait for each other: beside any other program on the same cores that
+    # makes training many times slower than its share. Read when torch is loaded, which is later.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = COMMANDS.get(words[0]) if words else None
     try:

@@ -32,8 +32,8 @@ class ModelConfig:
     tie_embeddings: bool = True  # the output head is the input embedding
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim query_pre_attn_scalar"
-        for name in (sizes + " sliding_window max_position layer_pattern").split():
+        sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim"
+        for name in f"{sizes} query_pre_attn_scalar sliding_window max_position layer_pattern".split():
             if getattr(self, name) <= 0:
                 raise Error(f"{name} is {getattr(self, name)}, it must be above 0", where="model")
         if self.num_heads % self.num_kv_heads:
