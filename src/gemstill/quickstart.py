@@ -40,10 +40,10 @@ WINDOW = 256
 HELDOUT = 0.05
 STDLIB_EXCLUDED = ["test", "tests", "idle_test", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages"]
 TEACHER, TEACHER_TOKENS = "mini-5m", 900_000
-STUDENT, STUDENT_TOKENS = "mini-1m", 400_000
-ESTIMATOR = "threshold(0.07)"
+STUDENT, STUDENT_TOKENS = "mini-1m", 700_000
+ESTIMATOR = "threshold(0.06)"
 BATCH = 4  # windows a step: with so few tokens, more steps are worth more than larger ones
-RATES = OptimizerConfig(learning_rate=0.02, embedding_rate=0.01)  # docs/quickstart.md has the sweep
+RATES = OptimizerConfig(learning_rate=0.02, embedding_rate=0.03)  # docs/quickstart.md has the sweep
 BOOTSTRAP = 10_000  # resamples of the held-out documents
 ROWS = ("teacher", "scratch", "distilled")
 

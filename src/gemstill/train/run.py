@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gemstill.text.tokenizer import Tokenizer
 
 RECIPE = "recipe.json"  # all that the run's result depends on; what a later command must agree with
-WORTH_COMPILING = 120.0  # seconds of products above which compilation, about half a minute, pays
+WORTH_COMPILING = 60.0  # seconds of products above which compilation, about half a minute, pays
 
 
 @dataclasses.dataclass(frozen=True)
