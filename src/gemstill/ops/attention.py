@@ -118,22 +118,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, soft
 def _exponentials(scores: Tensor, seen: Tensor, softcap: float | None) -> Tensor:
     """exp of the capped scores, up to a factor for each row that the normalisation takes out; 0 where not seen."""
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    if softcap is None:
+    if softcap is not None:
+        wide = softcap * tanh(wide / softcap)
+    if softcap is None or softcap > 60:
         wide = torch.where(seen, wide, -1e30)
         wide = wide - wide.amax(-1, keepdim=True)
-    else:
-        # |c·tanh(x/c)| <= c: e^±c is well inside float32 for the caps in use, so no maximum is needed.
-        # tanh by one exponential: tanh(y) = 1 - 2/(e^2y + 1), exact at both infinities.
-        wide = softcap - 2 * softcap / ((2 / softcap * wide).exp() + 1)
-        wide = wide - max(0.0, softcap - 60.0)
+    # Otherwise no maximum is needed: scores lie within the cap, and e^±60 and their sums well inside float32.
     return torch.where(seen, wide.exp(), 0.0)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """tanh as e/(e + 2), e = exp(2x) - 1: a third faster than torch's in eager mode, more when compiled.
+
+    The form by exp alone, 1 - 2/(exp(2x) + 1), loses the digits of small x: at a cap of 50 it makes logits
+    several times less exact.
+    """
+    e = torch.expm1((2 * x).clamp_max(80.0))  # e^80 is finite, and 1 long before
+    return e / (e + 2)
 
 
 def _slope(scores: Tensor, softcap: float) -> Tensor:
     """The derivative of c·tanh(x/c): 1 - tanh²."""
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    tanh = 1 - 2 / ((2 / softcap * wide).exp() + 1)
-    return 1 - tanh * tanh
+    return 1 - tanh(wide / softcap).square()
 
 
 class _Attention(torch.autograd.Function):

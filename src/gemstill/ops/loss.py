@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemstill.core.errors import Error
+from gemstill.ops.attention import tanh
 from gemstill.ops.target import Target
 
 TILE = 1 << 22  # logits held at once, elements
@@ -79,12 +80,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _capped(x: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """c·tanh(x/c) and its slope 1 - tanh², by one exponential: tanh(y) = 1 - 2/(e^2y + 1), exact at both infinities."""
+    """c·tanh(x/c) and its slope 1 - tanh²."""
     wide = x.to(_wide(x.dtype))
     if softcap is None:
         return wide, torch.ones_like(wide)
-    tanh = 1 - 2 / ((2 / softcap * wide).exp() + 1)
-    return softcap * tanh, 1 - tanh * tanh
+    t = tanh(wide / softcap)
+    return softcap * t, 1 - t * t
 
 
 def _log_sum_exp(raw: Tensor, softcap: float | None) -> Tensor:
@@ -97,9 +98,9 @@ def _log_sum_exp(raw: Tensor, softcap: float | None) -> Tensor:
 
 
 def _gradient(raw: Tensor, lse: Tensor, total: Tensor, softcap: float | None) -> Tensor:
-    """total·softmax(z)·dz/draw [n, V] in raw's dtype: the dense part of the gradient."""
+    """total·softmax(z)·dz/draw [n, V]: the dense part of the gradient, wide, as the target is yet to be taken off."""
     z, slope = _capped(raw, softcap)
-    return ((z - lse).exp() * total * slope).to(raw.dtype)
+    return (z - lse).exp() * total * slope
 
 
 _eager = _log_sum_exp, _gradient
@@ -135,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is None and d_head is None:
                 continue
             # d loss / d logits: (Σp)·softmax − p, times the slope of the cap.
-            g = gradient(raw, lse, total, softcap).scatter_add_(1, ids[rows], (-p * slope).to(raw.dtype))
+            g = gradient(raw, lse, total, softcap).scatter_add_(1, ids[rows], -p * slope).to(raw.dtype)
             if d_hidden is not None:
                 torch.mm(g, cast, out=d_hidden[rows])
             if d_head is not None:
