@@ -34,10 +34,10 @@ from gemstill.train.run import train
 WINDOW, WINDOWS, VOCAB = 256, 4, 4096
 SKIPPED = ["test", "tests", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages"]
 TUNED = {
-    "adamw": OptimizerConfig(name="adamw", learning_rate=0.006, embedding_rate=0.01),
-    "muon": OptimizerConfig(name="muon", learning_rate=0.02, embedding_rate=0.01),
+    "adamw": OptimizerConfig(name="adamw", learning_rate=0.003, embedding_rate=0.03),
+    "muon": OptimizerConfig(name="muon", learning_rate=0.02, embedding_rate=0.03),
 }
-SWEEP = [(rate, embedding) for rate in (0.003, 0.006, 0.012) for embedding in (0.003, 0.01, 0.03)]
+SWEEP = [(rate, embedding) for rate in (0.0015, 0.003, 0.006) for embedding in (0.01, 0.03, 0.06)]
 
 
 def corpus(folder: Path) -> None:
