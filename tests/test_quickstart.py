@@ -20,7 +20,7 @@ from gemstill import quickstart
 from gemstill.core.config import as_dict, parse
 from gemstill.quickstart import QuickstartConfig, bootstrap
 
-SMALL = {"VOCAB": 512, "TEACHER": "mini-1m", "TEACHER_TOKENS": 20_480, "STUDENT_TOKENS": 10_240}
+SMALL = {"VOCAB": 512, "TEACHER": "mini-1m", "TEACHER_TOKENS": 20_480, "STUDENT_TOKENS": 10_240, "HELDOUT": 0.3}
 TEXT = Path(sysconfig.get_paths()["stdlib"]) / "email"
 ROOT = Path(__file__).parent.parent
 

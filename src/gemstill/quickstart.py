@@ -39,9 +39,10 @@ VOCAB = 4096
 WINDOW = 256
 HELDOUT = 0.05
 STDLIB_EXCLUDED = ["test", "tests", "idle_test", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages"]
-TEACHER, TEACHER_TOKENS = "mini-5m", 900_000
-STUDENT, STUDENT_TOKENS = "mini-1m", 700_000
+TEACHER, TEACHER_TOKENS = "mini-5m", 800_000
+STUDENT, STUDENT_TOKENS = "mini-1m", 450_000
 ESTIMATOR = "threshold(0.06)"
+FEWEST = 30  # documents of the students' sample; where it would have fewer, students learn from all of the text
 BATCH = 4  # windows a step: with so few tokens, more steps are worth more than larger ones
 RATES = OptimizerConfig(learning_rate=0.02, embedding_rate=0.03)  # docs/quickstart.md has the sweep
 BOOTSTRAP = 10_000  # resamples of the held-out documents
@@ -167,7 +168,10 @@ def _data(config: QuickstartConfig) -> dict[str, Any]:
     from gemstill.data import shards
 
     whole = shards.run(data(config, "data"))
-    sample = shards.run(data(config, "data-students", min(1.0, STUDENT_TOKENS / whole.train.num_tokens)))
+    part = 1.1 * STUDENT_TOKENS / whole.train.num_tokens
+    if part > 1 or part * whole.train.num_documents < FEWEST:
+        part = 1.0
+    sample = shards.run(data(config, "data-students", part))
     assert whole.heldout is not None
     return {
         "counts": whole.counts,
