@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -122,13 +121,19 @@ def peak_bytes(code: str, imports: str = "") -> int:
     return max(0, _resident(f"{imports}\n{code}") - _resident(imports))
 
 
+# A child's ru_maxrss begins at what its parent held when it forked; the high-water mark of its own memory does not.
+PEAK = """
+import os, resource, sys
+if os.path.exists("/proc/self/status"):
+    print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024)
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
 def _resident(code: str) -> int:
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"the measured process ended with {child.returncode}")
-    return usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    child = subprocess.run([sys.executable, "-c", f"{code}\n{PEAK}"], capture_output=True, text=True, check=True)
+    return int(child.stdout.split()[-1])
 
 
 def machine() -> dict[str, Any]:

@@ -170,6 +170,7 @@ def measure(preset: str, window: int, device: str, compiled_peer: bool, rounds: 
     if compiled_peer:
         label = f"{name}: compiled {precision}"
         rows.append(compare(label, found["ours"], found["compiled"], "tokens/s", bar=1.25, limit=limit))
+    print(*rows, sep="\n", flush=True)
     if device == "cpu":
         mine = memory(preset, batch, window, "ours(config, tokens, tokens)")
         peer = memory(preset, batch, window, f"theirs(config, tokens, tokens, {precision!r}, compiled=False)")
@@ -190,8 +191,6 @@ def main() -> None:
                 # Compiling the peer takes minutes a configuration: one window each, both with --full.
                 peer = options.full or window == 256 or bool(options.only)
                 rows += measure(preset, window, options.device, peer, options.rounds)
-                for row in rows[-3:]:
-                    print(row, flush=True)
     finish(rows, tokens_per_step=TOKENS, optimizer="torch AdamW, fused")
 
 
