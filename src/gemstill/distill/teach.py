@@ -139,7 +139,8 @@ def _licence(folder: Path) -> str:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over a model's configuration, and the names, dtypes, shapes and bytes of its parameters."""
     config = getattr(model, "config", None)
-    digest = hashlib.sha256(json.dumps(asdict(config) if is_dataclass(config) else None, sort_keys=True).encode())  # type: ignore[arg-type]
+    described = asdict(config) if is_dataclass(config) and not isinstance(config, type) else None
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
