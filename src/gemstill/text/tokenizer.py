@@ -7,30 +7,26 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from tokenizers import models
+from tokenizers import AddedToken, models
 
 from gemstill.core import files
 from gemstill.core.errors import Error
+from gemstill.text import settings
+from gemstill.text.vocabulary import BYTES, LARGEST, Vocabulary, from_fast, steers, whitespace_runs
+from gemstill.text.words import SPACE, any_of, finest_cut, whole
 
-SPACE = "▁"  # U+2581, how SentencePiece spells a space inside its pieces
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 CACHE = 1 << 23  # characters of words whose ids are remembered: text is the same few words again and again
+MOST_SYMBOLS = 10_000  # user-defined ones, each of which is looked for everywhere in a text
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Ways to cut a text into words, the finest first, each with the shape that all pieces of a vocabulary
-# must have: then none reaches over a cut, and the words' ids one after the other are the text's.
-# SentencePiece's training keeps letters apart from punctuation, and spaces in front.
-_LETTER, _OTHER = r"[A-Za-z\x80-\u2580\u2582-\U0010ffff]", r"[\x00-\x1f!-@\[-`{-\x7f]"
-_WORDS = [
-    (f"{SPACE}+|{SPACE}?{_LETTER}+|{SPACE}?{_OTHER}+", f"{SPACE}| *{_LETTER}+| *{_OTHER}+| +"),
-    (f"{SPACE}+|{SPACE}?[^{SPACE}]+", f"{SPACE}| *[^ {SPACE}]+| +"),
-]
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
-_REST, _WHOLE = re.compile(f"{SPACE}|[^{SPACE}]+"), re.compile(r"(?s).+")
+_WHOLE = re.compile(r"(?s).+")
 
 
 def valid_text(text: str) -> str:
@@ -43,77 +39,141 @@ def valid_text(text: str) -> str:
 
 
 class Tokenizer:
-    """A tokenizer.json, opened: the same ids as `tokenizers`, `transformers` and SentencePiece give.
+    """A tokenizer, opened: the same ids from tokenizer.json, tokenizer.model and GGUF, and as SentencePiece gives.
 
     Text is text: a control token spelled out in it is encoded letter by letter, never as the control
     token, unless `special=True` asks for that. No BOS is added. Lone surrogates become U+FFFD; all
     other text comes back exactly from `decode(encode(text))` where the vocabulary has byte pieces. That
     holds for U+2581 too, which SentencePiece itself cannot tell from a space: it goes in as its bytes.
+    Symbols that a vocabulary calls user-defined (Gemma's runs of spaces, <table>) are cut out of a text first,
+    the longest that begins at a place, as SentencePiece and llama.cpp do and the `tokenizers` library does not.
     """
 
-    def __init__(self, data: bytes, source: Path) -> None:
-        """Use `open`. data: the bytes of a tokenizer.json found at `source`."""
-        try:
-            self._fast = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the library raises bare Exceptions
-            raise Error(f"is not a tokenizer.json ({error})", where=source) from error
+    def __init__(self, data: bytes | Vocabulary, source: Path, *, chat_template: str | None = None) -> None:
+        """Use `open` or `from_vocabulary`. data: the bytes of a tokenizer.json found at `source`, or what it is of."""
         self.source = source
-        self.data = data
-        self.fingerprint: str = hashlib.sha256(data).hexdigest()
+        self.chat_template = chat_template
+        self._vocabulary = data if isinstance(data, Vocabulary) else None
+        self._data = None if isinstance(data, Vocabulary) else data
+        self._fast = _built(data, source) if isinstance(data, Vocabulary) else _parsed(data, source)
         self.vocab_size: int = self._fast.get_vocab_size()
-        self.bos_id: int = self._control("<bos>", "<s>", "<|begin_of_text|>", "<|endoftext|>")
-        self.eos_id: int = self._control("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>")
-        self.pad_id: int = self._control("<pad>", "<unk>", default=self.eos_id)
-        self.unk_id: int = self._control("<unk>", default=self.pad_id)
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = self._named()
         self._fast.no_padding()
         self._fast.no_truncation()
         self._fast.encode_special_tokens = True  # the library's way to say: as text
-        added = self._fast.get_added_tokens_decoder().items()
-        self._controls = {token.content: id for id, token in added if token.special}
-        controls = sorted(self._controls, key=len, reverse=True)
-        self._special = re.compile(f"({'|'.join(map(re.escape, controls)) or '(?!)'})")
         space = self._bytes_of_space()
         self._read_our_way = {SPACE: space} if space else {}
-        cut = self._finest_cut()
-        self._cuttable = cut is not None
-        self._words = cut or (_REST if space else _WHOLE)
+        self._words = _WHOLE
+        self._cuttable = False
+        symbols = self._symbols() if space else {}
+        added = self._fast.get_added_tokens_decoder().items()
+        self._controls = {token.content: number for number, token in added if token.special}
+        if space:
+            cut = self._finest_cut(symbols)
+            self._cuttable, self._words = cut is not None, cut or whole(symbols)
+        self._read_our_way |= {symbol: [number] for symbol, number in symbols.items()}
         self._known: dict[str, list[int]] = self._read_our_way.copy()
         self._cached = 0  # characters in `_known`
 
     @staticmethod
     def open(path: str | Path) -> Tokenizer:
-        """Open a tokenizer.json, or the folder that holds one.
+        """Open a tokenizer.json, a tokenizer.model (SentencePiece), or the folder that holds one, the first if both.
+
+        Its chat template is read from the files beside it.
 
         Raises:
             Error: there is none, or it cannot be read or understood.
         """
         path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = path
+        if path.is_dir():
+            file = path / FILES[0]
+            if not file.exists() and (path / FILES[1]).exists():
+                file = path / FILES[1]
         try:
-            return Tokenizer(file.read_bytes(), file)
+            if file.stat().st_size > LARGEST:
+                raise Error("is too large for a tokenizer", where=file)
+            data = file.read_bytes()
         except OSError as error:
             fix = "name a tokenizer.json or a folder with one; `gemstill tokenizer` makes it"
             raise Error(f"no tokenizer can be read here ({error.strerror})", where=file, fix=fix) from error
+        template = settings.read_chat_template(file.parent)
+        if file.suffix == ".model":
+            return Tokenizer(Vocabulary.from_sentencepiece(data, where=file), file, chat_template=template)
+        return Tokenizer(data, file, chat_template=template)
+
+    @staticmethod
+    def from_vocabulary(
+        vocabulary: Vocabulary, *, chat_template: str | None = None, source: str | Path = "vocabulary"
+    ) -> Tokenizer:
+        """The tokenizer of a vocabulary. source: the file it comes from, for messages. Raises Error as `open` does."""
+        return Tokenizer(vocabulary, Path(source), chat_template=chat_template)
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of its tokenizer.json."""
+        if self._data is None:
+            self._data = self._vocabulary.to_tokenizer_json() if self._vocabulary is not None else b""
+        return self._data
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of its tokenizer.json, as hexadecimal digits."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def vocabulary(self) -> Vocabulary:
+        """Its SentencePiece vocabulary, with the scores of a tokenizer.model beside it, else by the merges' order.
+
+        Raises:
+            Error: it gives other ids than any SentencePiece model would.
+        """
+        if self._vocabulary is None:
+            ids = (self.bos_id, self.eos_id, self.unk_id, self.pad_id)
+            found = from_fast(self._fast, ids, where=self.source)
+            beside = self._beside(FILES[1])
+            if beside is not None:
+                original = Vocabulary.from_sentencepiece(beside.read_bytes(), where=beside)
+                if original.pieces == found.pieces and original.merges() == found.merges():  # else another's file
+                    found = replace(found, scores=original.scores)
+            self._vocabulary = found
+        return self._vocabulary
 
     def save(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files (those of `FILES` that it has) into `folder`. Raises Error when unwritable."""
+        """Write its files (`FILES`) to `folder`: those that came beside its own are copied as they are.
+
+        Without them a tokenizer.model is written where SentencePiece can say what the tokenizer does, and settings
+        for `transformers` with the chat template. Raises Error when unwritable.
+        """
         folder = Path(folder)
-        files.write(folder / "tokenizer.json", self.data)
+        files.write(folder / FILES[0], self.data)
         for name in FILES[1:]:
-            beside = self.source.parent / name
-            if beside.is_file() and beside.resolve() != (folder / name).resolve():
+            beside = self._beside(name)
+            if beside is not None and beside.resolve() != (folder / name).resolve():
                 with files.writing(folder / name) as temporary:
                     shutil.copyfile(beside, temporary)
+        try:
+            vocabulary = self.vocabulary()
+        except Error:
+            return  # nobody's SentencePiece model
+        if self._beside(FILES[1]) is None:
+            files.write(folder / FILES[1], vocabulary.to_sentencepiece())
+        if self._beside(FILES[2]) is None:
+            files.write_json(folder / FILES[2], settings.for_transformers(vocabulary, self.chat_template))
+
+    def _beside(self, name: str) -> Path | None:
+        """The file of that name where the tokenizer was read from a folder that has it."""
+        path = self.source.parent / name
+        return path if self.source.suffix in (".json", ".model") and path.is_file() else None
 
     def token_id(self, token: str) -> int | None:
         """The id of one token by its spelling in the vocabulary, None when it is not there."""
         found: int | None = self._fast.token_to_id(token)
         return found
 
-    @property
+    @cached_property
     def control_ids(self) -> set[int]:
         """The ids of all control tokens, which no text is made of."""
-        return {number for number, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        return set(self._controls.values())
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of `text`, without BOS. special: read control tokens spelled in it as such (templates do)."""
@@ -138,14 +198,31 @@ class Tokenizer:
         text: str = self._fast.decode(list(ids), skip_special_tokens=not special)
         return text
 
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return re.compile(f"({any_of(filter(None, self._controls))})")
+
     def _encode_controls(self, text: str) -> list[int]:
-        parts = self._special.split(text)  # text, control token, text, …
+        parts = self._control_pattern.split(text)  # text, control token, text, …
         ids: list[int] = []
         for part, control in itertools.zip_longest(self.encode_batch(parts[::2]), parts[1::2]):
             ids += part
             if control is not None:
                 ids.append(self._controls[control])
         return ids
+
+    def _named(self) -> tuple[int, int, int, int]:
+        """The ids of bos, eos, unk and pad."""
+        known = self._vocabulary
+        bos = known.bos_id if known else self._control("<bos>", "<s>", "<|begin_of_text|>", "<|endoftext|>")
+        eos = known.eos_id if known else self._control("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>")
+        if bos < 0 or eos < 0:
+            fix = "use a tokenizer that has them"
+            raise Error("the vocabulary has no control tokens for beginning and end", where=self.source, fix=fix)
+        pad = known.pad_id if known else self._control("<pad>", "<unk>", default=eos)
+        unk = known.unk_id if known else self._control("<unk>", default=pad)
+        pad = eos if pad < 0 else pad
+        return bos, eos, pad if unk < 0 else unk, pad
 
     def _control(self, *names: str, default: int | None = None) -> int:
         for name in names:
@@ -158,26 +235,48 @@ class Tokenizer:
         return default
 
     def _bytes_of_space(self) -> list[int]:
-        """The byte pieces of U+2581, empty where there are no byte pieces or the character is read as itself."""
-        ids = [self.token_id(f"<0x{byte:02X}>") for byte in range(256)]
+        """The byte pieces of U+2581, empty where there are none or the character is read as itself."""
+        ids = [self.token_id(BYTES[byte]) for byte in SPACE.encode()]
         plain = self._fast.encode(SPACE, add_special_tokens=False).ids
-        if self._fast.decode(plain) == SPACE:
-            return []
-        found = [id for id in ids if id is not None]
-        return [found[byte] for byte in SPACE.encode()] if len(found) == len(ids) else []
+        return [] if self._fast.decode(plain) == SPACE or None in ids else [id for id in ids if id is not None]
 
-    def _finest_cut(self) -> re.Pattern[str] | None:
+    def _symbols(self) -> dict[str, int]:
+        """What is cut out of a text before merging, as it is typed; of the rest of the added tokens the library is
+        told that they are control tokens."""
+        added = self._fast.get_added_tokens_decoder()
+        plain = {number: token.content for number, token in added.items() if not token.special}
+        steering = filter(steers, plain.values())
+        self._fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in steering])
+        defined = {content: number for number, content in plain.items() if not steers(content)}
+        pieces = self._fast.get_vocab(with_added_tokens=True)
+        defined |= {piece: pieces[piece] for piece in whitespace_runs(defined, pieces)}
+        if len(defined) > MOST_SYMBOLS:
+            raise Error(f"has {len(defined)} user-defined symbols, {MOST_SYMBOLS} at most are read", where=self.source)
+        return {symbol.replace(SPACE, " "): number for symbol, number in defined.items()}
+
+    def _finest_cut(self, symbols: Mapping[str, int]) -> re.Pattern[str] | None:
         """The finest way to cut a text that leaves its ids as they are, None where there is none we know."""
         model, normalizer, pre = self._fast.model, self._fast.normalizer, self._fast.pre_tokenizer
-        if not isinstance(model, models.BPE) or model.dropout or model.ignore_merges or not self._read_our_way:
+        if not isinstance(model, models.BPE) or model.dropout or model.ignore_merges:
             return None
         if normalizer is None or normalizer.normalize_str("a  b\n c") != f"a{SPACE * 2}b\n{SPACE}c":
             return None
         if pre is not None and json.loads(pre.__getstate__()).get("pattern") != {"String": " "}:
             return None
         tokens = self._fast.get_vocab(with_added_tokens=True)
-        pieces = [piece for piece in tokens if piece not in self._controls and not _BYTE.fullmatch(piece)]
-        for shape, word in _WORDS:
-            if all(map(re.compile(shape).fullmatch, pieces)):
-                return re.compile(word)
-        return None
+        apart = {*self._controls, *BYTES, *(symbol.replace(" ", SPACE) for symbol in symbols)}
+        return finest_cut([piece for piece in tokens if piece not in apart], symbols)
+
+
+def _parsed(data: bytes, source: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(data.decode())
+    except Exception as error:  # the library raises bare Exceptions
+        raise Error(f"is not a tokenizer.json ({error})", where=source) from error
+
+
+def _built(vocabulary: Vocabulary, source: Path) -> tokenizers.Tokenizer:
+    try:
+        return vocabulary.fast()
+    except Exception as error:  # as above
+        raise Error(f"holds no vocabulary that can be used ({error})", where=source) from error

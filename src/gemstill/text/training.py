@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
-import tokenizers
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
 
 from gemstill.core import files
 from gemstill.core.errors import Error
-from gemstill.text.tokenizer import FILES, SPACE, Tokenizer, valid_text
+from gemstill.text.settings import for_transformers
+from gemstill.text.tokenizer import FILES, Tokenizer, valid_text
+from gemstill.text.vocabulary import Vocabulary
 
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", START_OF_TURN, END_OF_TURN)  # their ids are their places
@@ -55,11 +54,11 @@ def train_tokenizer(
         raise Error(f"a vocabulary of {vocab_size} is too small", fix=f"ask for at least {smallest} entries")
     _check_folder(Path(folder))
     model = _train_sentencepiece(_sentences(_sampled(texts, sample)), vocab_size)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocabulary = Vocabulary.from_sentencepiece(model)
     with files.writing(folder, folder=True) as temporary:
         (temporary / "tokenizer.model").write_bytes(model)
-        (temporary / "tokenizer.json").write_text(_tokenizer_json(processor), encoding="utf-8")
-        files.write_json(temporary / "tokenizer_config.json", _tokenizer_config())
+        (temporary / "tokenizer.json").write_bytes(vocabulary.to_tokenizer_json())
+        files.write_json(temporary / "tokenizer_config.json", for_transformers(vocabulary, CHAT_TEMPLATE))
     return Tokenizer.open(folder)
 
 
@@ -131,55 +130,3 @@ def _train_sentencepiece(sentences: Iterator[str], vocab_size: int) -> bytes:
         message = " ".join(str(error).split())
         raise Error(f"no vocabulary of {vocab_size} entries could be made of this text ({message})", fix=fix) from error
     return model.getvalue()
-
-
-def _tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
-    """The tokenizer.json that gives `processor`'s ids.
-
-    SentencePiece merges the adjacent pair whose joint piece has the best score, whichever two pieces
-    it is made of. A merge list has to name every such pair, best piece first; a list with one pair a
-    piece, as BPE training leaves it, gives other ids. Control and byte pieces are never the outcome of
-    a merge, however they are spelled.
-    """
-    size = processor.get_piece_size()
-    vocab = {processor.id_to_piece(id): id for id in range(size)}
-    normal = {
-        piece: id
-        for piece, id in vocab.items()
-        if not (processor.is_control(id) or processor.is_byte(id) or processor.is_unknown(id))
-    }
-    merges: list[tuple[str, str]] = []
-    for piece in sorted(normal, key=lambda piece: (-processor.get_score(normal[piece]), normal[piece])):
-        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [(left, right) for left, right in cuts if left in normal and right in normal]
-    fast = tokenizers.Tokenizer(BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    fast.normalizer = normalizers.Replace(" ", SPACE)
-    # Finds no space after the normaliser; there because transformers' Gemma class has it too.
-    fast.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    bos = CONTROL.index("<bos>")
-    fast.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", bos)]
-    )
-    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
-    text: str = fast.to_str(pretty=False)
-    return text
-
-
-def _tokenizer_config() -> dict[str, object]:
-    """What transformers reads beside tokenizer.json."""
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    return {
-        "tokenizer_class": "GemmaTokenizer",
-        "added_tokens_decoder": {str(id): {"content": token, **flags} for id, token in enumerate(CONTROL)},
-        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
-        "mask_token": None,  # the class would otherwise append one to the vocabulary
-        "additional_special_tokens": list(CONTROL[4:]),
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "spaces_between_special_tokens": False,
-        "sp_model_kwargs": {},
-        "model_max_length": 1000000000000000019884624838656,
-        "chat_template": CHAT_TEMPLATE,
-    }

@@ -1,0 +1,74 @@
+"""Where a text may be cut so that its parts' ids, one after the other, are its own: most words come again and again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+SPACE = "▁"  # U+2581, how SentencePiece spells a space inside its pieces
+_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+_OTHERS = frozenset(map(chr, range(128))) - _LETTERS - {" "}
+
+
+def any_of(symbols: Iterable[str]) -> str:
+    """A pattern that matches the longest of `symbols` that begins at a place; one that never matches for none."""
+    heads: dict[str, list[str]] = {}
+    for symbol in sorted(symbols, key=len, reverse=True):
+        heads.setdefault(symbol[0], []).append(re.escape(symbol[1:]))
+    # Grouped by the first character, most places are passed over by one look at a set.
+    each = [f"{re.escape(head)}(?:{'|'.join(rest)})" for head, rest in heads.items()]
+    return f"(?:{'|'.join(each)})" if each else "(?!)"
+
+
+def whole(symbols: Collection[str]) -> re.Pattern[str]:
+    """Cut nowhere but around `symbols` (text as it is typed) and around U+2581."""
+    return re.compile(f"{_first(symbols)}{SPACE}|{_run(symbols, without=SPACE)}")
+
+
+def finest_cut(pieces: Collection[str], symbols: Collection[str]) -> re.Pattern[str] | None:
+    """The finest way to cut a text into words, None where there is none that we know.
+
+    pieces: all that merging can make, as SentencePiece spells them; none may reach over a cut. SentencePiece's
+    training keeps letters apart from punctuation, and spaces in front.
+    symbols: what is cut out of a text before anything is merged, as it is typed.
+    """
+    others = _OTHERS
+    for _ in range(2):
+        other = _set(others)
+        letter = f"[^ {SPACE}{other[1:]}"
+        mixed = _unlike(pieces, f"{SPACE}+|{SPACE}?{letter}+|{SPACE}?{other}+")
+        if not mixed:
+            letters = _run(symbols, without=others | {" ", SPACE})
+            return _words(symbols, [letters, _run(symbols, of=others)])
+        # “Typographic” punctuation counts as letters until a piece joins it to a comma.
+        others |= {character for piece in mixed for character in piece if character > "\x7f"} - {SPACE}
+    if not _unlike(pieces, f"{SPACE}+|{SPACE}?[^{SPACE}]+"):
+        return _words(symbols, [_run(symbols, without=f" {SPACE}")])
+    return None
+
+
+def _unlike(pieces: Iterable[str], shape: str) -> list[str]:
+    alike = re.compile(shape).fullmatch
+    return [piece for piece in pieces if not alike(piece)]
+
+
+def _words(symbols: Collection[str], bodies: list[str]) -> re.Pattern[str]:
+    spaces = f"(?:(?!{any_of(symbols)}) )" if any(symbol[0] == " " for symbol in symbols) else " "
+    words = "|".join(f"{spaces}*{body}" for body in bodies)
+    return re.compile(f"{_first(symbols)}{SPACE}|{words}|{spaces}+")
+
+
+def _first(symbols: Collection[str]) -> str:
+    return f"{any_of(symbols)}|" if symbols else ""
+
+
+def _run(symbols: Collection[str], *, of: Collection[str] = (), without: Collection[str] = ()) -> str:
+    """Characters of one kind, up to where one of `symbols` begins. of, without: the kind, or all but it."""
+    heads = {symbol[0] for symbol in symbols}
+    heads = heads & set(of) if of else heads - set(without)
+    rest = _set(set(of) - heads) if of else _set({*without, *heads}, but=True)
+    return f"(?:{rest}+|(?!{any_of(symbols)}){_set(heads)})+" if heads else f"{rest}+"
+
+
+def _set(characters: Iterable[str], *, but: bool = False) -> str:
+    return f"[{'^' if but else ''}{''.join(map(re.escape, sorted(characters)))}]"
