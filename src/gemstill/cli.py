@@ -11,10 +11,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gemstill import __version__
 from gemstill.core.errors import Error
+
+if TYPE_CHECKING:
+    from gemstill.core.config import Field
 
 STOPPED, REFUSED = 130, 2  # exit statuses: stopped by Ctrl-C, an Error
 
@@ -56,10 +59,10 @@ COMMANDS = {
         made="output",
     ),
     "generate": Command(
-        "write on from a prompt",
-        "infer.generate",
-        "infer.generate:GenerateConfig",
-        places=("model", "prompt"),
+        "write on from a prompt, or from many",
+        "infer.command",
+        "infer.config:GenerateConfig",
+        places=("source", "prompt"),
         resumes=False,
     ),
     "report": Command(
@@ -89,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _overview(words)
         _run(words[0], command, words[1:])
     except Error as error:
-        print(f"gemstill: {error}", file=sys.stderr)
+        from gemstill.core.terminal import printable
+
+        print(f"gemstill: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         on = "; the same command goes on where it was" if command and command.resumes else ""
@@ -136,9 +141,11 @@ def _parse(
     name: str, command: Command, config_class: type[Any], words: list[str]
 ) -> tuple[str | None, list[str | tuple[str, Any]], bool]:
     """The recipe's path, the settings in the order given, and whether it is a dry run."""
-    from gemstill.core.config import Field, fields, nearest
+    from gemstill.core.config import fields, nearest
 
     known: dict[str, Field] = {_flag(field.name): field for field in fields(config_class)}
+    first = {name: field for name, field in known.items() if field.name in command.places}
+    known = first | known
     parser = _Parser(
         prog=f"gemstill {name}",
         description=f"{command.help[0].upper()}{command.help[1:]}.",
@@ -154,11 +161,17 @@ def _parse(
     for flag, field in known.items():
         default = " (required)" if field.default is None else f" [{field.default}]"
         text = f"{field.help}{default}".strip().replace("%", "%%")
-        group.add_argument(flag, metavar=field.type, default=argparse.SUPPRESS, help=text)
-    for word in words:
+        action, kind = ("append", "text") if _many(field) else ("store", field.type)
+        group.add_argument(flag, metavar=kind, default=argparse.SUPPRESS, help=text, action=action)
+    words = list(words)
+    for at, word in enumerate(words):
         flag = word.partition("=")[0]
+        if flag in ("--image", "--images", "--mmproj"):
+            raise Error("takes no images: the models are text models", where=f"gemstill {name}", fix="give text alone")
         if flag.startswith("--") and flag not in (*known, "--set", "--dry-run", "--help", "--"):
             raise Error(f"there is no flag {flag}", where=f"gemstill {name}", fix=nearest(flag, [*known, "--dry-run"]))
+        if word in known and known[word].type == "bool" and words[at + 1 : at + 2] not in (["true"], ["false"]):
+            words[at] = f"{word}=true"
     given = vars(parser.parse_intermixed_args(words))
     positional, recipe = list(given.pop("words")), None
     if positional and positional[0].endswith((".yaml", ".yml")):
@@ -172,13 +185,18 @@ def _parse(
     for flag, field in known.items():
         if (key := flag.removeprefix("--").replace("-", "_")) in given:
             # Texts and paths are taken letter by letter; anything else is YAML, as in a recipe.
-            literal = field.type in ("text", "path")
+            literal = field.type in ("text", "path") or _many(field)
             overrides.append((field.name, given[key]) if literal else f"{field.name}={given[key]}")
     return recipe, overrides, dry_run
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _many(field: Field) -> bool:
+    """Whether a field is a row of texts whose flag is given once for each, letter by letter; lists are YAML."""
+    return field.type.startswith("tuple[text")
 
 
 def figures(values: Mapping[str, Any], indent: str = "") -> str:

@@ -8,49 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from gemstill.checkpoint.huggingface import save
 from gemstill.core.errors import Error
-from gemstill.infer import generate as room
-from gemstill.infer.generate import (
-    GenerateConfig,
-    generate,
-    generate_ids,
-    plan,
-    prompt_ids,
-    run,
-    stop_ids,
-    stream,
-    whole_text,
-)
-from gemstill.model.transformer import Transformer
-from tests.model.reference import BASE, GEMMA3, copy_of, name_of, roughen
+from gemstill.infer import session as session_room
+from gemstill.infer.generate import Generation, Limits, generate, prompt_ids, stop_ids, stream
+from gemstill.infer.pieces import until, whole_text
+from gemstill.infer.sampling import Sampling
+from gemstill.infer.session import Session
+from tests.infer.networks import SMALL, SMALL3, TIED, VOCAB, lean, network
+from tests.model.reference import copy_of, name_of
 from tests.model.tokenizers import TEXT, small_tokenizer
 
-VOCAB = 320
-SMALL = replace(BASE, vocab_size=VOCAB + 64, tie_embeddings=False)  # 64 rows of padding
-TIED, SMALL3 = replace(SMALL, tie_embeddings=True), replace(GEMMA3, vocab_size=VOCAB)
 PROMPTS = ["", "def area", TEXT[3][:40], "# 東京 🙂 straße"]
 greedy = {"max_new_tokens": 24, "temperature": 0.0}
 
 
-def network(config=SMALL, seed=0):
-    """A rough network that does not want to end: the ends' rows of the head are zero."""
-    model = Transformer(config)
-    roughen(model, seed)
-    head = model.embed_tokens if model.lm_head is None else model.lm_head
-    with torch.no_grad():
-        head.weight[sorted(stop_ids(small_tokenizer()))] = 0.0
-    return model.eval()
-
-
-@torch.no_grad()
-def lean(model, ids, by=1.0):
-    """Make `ids` the likeliest by far, wherever the model stands: their rows of the head alone get every vote."""
-    model.lm_head.weight.zero_()
-    model.norm.weight.fill_(-1.0)  # a gain of 0 ...
-    model.norm.weight[0] = 9.0  # ... but for one entry, whose sign then decides
-    model.lm_head.weight[ids, 0] = by
-    return model
+def generate_ids(model, tokenizer, ids, *, max_new_tokens=128, **options):
+    """The ids alone that are generated after `ids`."""
+    return Generation(Session(model), tokenizer, ids, Sampling(**options), Limits(max_new_tokens)).ids()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -72,7 +46,7 @@ def test_a_prompt_longer_than_a_chunk(monkeypatch):
     model, tokenizer = network(), small_tokenizer()
     ids = prompt_ids(tokenizer, TEXT[0])
     expected = list(generate_ids(model, tokenizer, ids, **greedy))
-    monkeypatch.setattr(room, "CHUNK", 7)
+    monkeypatch.setattr(session_room, "CHUNK", 7)
     assert list(generate_ids(model, tokenizer, ids, **greedy)) == expected
 
 
@@ -131,16 +105,6 @@ def test_seeds_and_temperature():
     assert cold == generate(model, tokenizer, "def", max_new_tokens=30)
 
 
-def test_draws_follow_the_softmax_at_the_temperature():
-    logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf, -3.0])
-    expected = torch.softmax(logits / 2.0, 0)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([room._draw(logits, 2.0, generator) for _ in range(4000)])
-    share = torch.bincount(draws, minlength=5) / len(draws)
-    assert share[3] == 0
-    assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / len(draws)).sqrt()).all()
-
-
 def test_generation_ends_where_the_context_does():
     tokenizer = small_tokenizer()
     model = network(replace(SMALL, max_position=10))
@@ -151,12 +115,62 @@ def test_generation_ends_where_the_context_does():
         generate(model, tokenizer, "abcdefghijklmnop" * 2)
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": -1}, {"temperature": -0.5}, {"temperature": float("nan")}])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": -1}, {"temperature": -0.5}, {"top_p": 2}, {"stop": [""]}, {"stop": "text"}, {"stop": [3]}],
+)
 def test_bad_options_are_refused_before_anything_runs(options):
     with pytest.raises(Error):
         stream(network(), small_tokenizer(), "a", **options)
-    with pytest.raises(Error):
-        GenerateConfig(model="folder", **options)
+
+
+def test_it_says_why_it_ended():
+    model, tokenizer = network(), small_tokenizer()
+
+    def ended(model=model, prompt="ab", **options):
+        pieces = stream(model, tokenizer, prompt, **options)
+        assert pieces.ended == ""
+        text = "".join(pieces)
+        return pieces.ended, text
+
+    assert ended(max_new_tokens=4)[0] == "length"
+    assert ended(network(replace(SMALL, max_position=10)), max_new_tokens=99)[0] == "context"
+    text = ended(**greedy)[1]
+    assert ended(stop=[text[4:7]], **greedy) == ("stop", text[: text.find(text[4:7])])
+    eos = [lean(network(), [tokenizer.eos_id], by=sign) for sign in (5.0, -5.0)]
+    assert ("end", "") in [ended(model) for model in eos]
+    pieces = stream(model, tokenizer, "ab", max_new_tokens=50)
+    for number, _ in enumerate(pieces):
+        if number == 3:
+            pieces.cancel()
+    assert pieces.ended == "cancelled"
+    assert len(pieces.tokens) < 50
+
+
+def test_log_probabilities_are_the_models_own():
+    """Of the whole distribution, whatever sampling makes of it; equal to one pass over the text without a cache."""
+    model, tokenizer = network(), small_tokenizer()
+    pieces = stream(model, tokenizer, "def", max_new_tokens=20, temperature=2.0, top_k=7, seed=3)
+    list(pieces)
+    ids = [token.id for token in pieces.tokens]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*pieces.prompt, *ids]]))[0, len(pieces.prompt) - 1 : -1]
+    expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor([token.logprob for token in pieces.tokens]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_that_are_no_numbers_are_said():
+    model = network()
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    with pytest.raises(Error, match="no numbers"):
+        generate(model, small_tokenizer(), "def")
+
+
+def test_images_are_refused():
+    message = {"role": "user", "content": [{"type": "image", "url": "x.png"}]}
+    with pytest.raises(Error, match="takes no images"):
+        generate(network(), small_tokenizer(), [message])
 
 
 def test_bfloat16_generates():
@@ -187,13 +201,40 @@ def test_broken_bytes_are_shown_and_end():
     assert tokenizer.decode(half) == "".join(whole_text(tokenizer, iter(half))) == "\ufffd\ufffd"
 
 
-def test_the_command(tmp_path, capsys):
-    save(network(), small_tokenizer(), tmp_path / "model")
-    config = GenerateConfig(model=tmp_path / "model", prompt="def", max_new_tokens=8)
-    run(config)
-    assert capsys.readouterr().out == generate(network(), small_tokenizer(), "def", max_new_tokens=8) + "\n"
-    figures = plan(config)
-    assert figures["prompt_tokens"] == len(prompt_ids(small_tokenizer(), "def"))
-    assert figures["cache_bytes"] > 0
-    with pytest.raises(Error, match="no such folder"):
-        run(GenerateConfig(model=tmp_path / "nothing"))
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_nothing_of_a_stop_string_is_shown_however_the_text_is_cut(data):
+    text = data.draw(st.text("ab<>", max_size=30))
+    stops = data.draw(st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=3))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    found = []
+    shown = list(until(iter(pieces), stops, lambda: found.append(True)))
+    ends = sorted((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
+    assert "".join(shown) == (text[: ends[0][1]] if ends else text)
+    assert bool(found) == bool(ends)
+    assert all(shown)
+    # What was out before the last piece holds no beginning of a stop string at its end but the text's own.
+    for count in range(len(shown)):
+        before = "".join(shown[:count])
+        if ends:
+            assert len(before) <= ends[0][1]
+
+
+def test_clear_text_is_not_held_back():
+    assert next(until(iter(["abc<", "en", "d>"]), ["<end>"])) == "abc"
+    assert list(until(iter(["abc<", "en", "x"]), ["<end>"])) == ["abc", "<enx"]
+    assert list(until(iter(["abc<", "en"]), ["<end>"])) == ["abc", "<en"]
+
+
+def test_stop_strings_over_several_tokens():
+    model, tokenizer = network(), small_tokenizer()
+    text = generate(model, tokenizer, "def", **greedy)
+    for start in range(1, len(text) - 4):
+        stop = text[start : start + 4]
+        pieces = stream(model, tokenizer, "def", stop=["never", stop], **greedy)
+        shown = ""
+        for piece in pieces:
+            shown += piece
+            assert text[: text.find(stop)].startswith(shown)
+        assert shown == text[: text.find(stop)]

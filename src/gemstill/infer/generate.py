@@ -1,156 +1,188 @@
-"""Generation of text, token by token, from cached keys and values."""
+"""Generation of text, token by token."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gemstill.checkpoint.huggingface import load
 from gemstill.checkpoint.sidecars import END_OF_TURN
 from gemstill.core.errors import Error
-from gemstill.model.cache import Cache
-from gemstill.model.readout import last_logits
+from gemstill.infer.config import check_length, check_stop
+from gemstill.infer.pieces import until, whole_text
+from gemstill.infer.sampling import Sampler, Sampling
+from gemstill.infer.session import Session
 from gemstill.model.transformer import Transformer
 from gemstill.text.tokenizer import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are no UTF-8 (yet)
-CHUNK = 512  # prompt tokens fed at once: bounds the memory of a long prompt
+Prompt = str | Sequence[Mapping[str, str]]  # text to go on from, or the turns of a conversation
+
+
+class Token(NamedTuple):
+    """A generated token. logprob: log-probability in the model's own distribution, before masks and sampling."""
+
+    id: int
+    logprob: float
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """What `gemstill generate` needs to know."""
+class Limits:
+    """Where a text ends, other than at the model's own <eos> or <end_of_turn>."""
 
-    model: Path  # checkpoint folder
-    prompt: str = ""  # text to go on from
     max_new_tokens: int = 128
-    temperature: float = 0.0  # 0 takes the likeliest token each time
-    seed: int = 0  # of the draws at a temperature above 0
+    stop: tuple[str, ...] = ()  # texts before which it ends
 
     def __post_init__(self) -> None:
-        _check(self.max_new_tokens, self.temperature)
+        check_length(self.max_new_tokens)
+        check_stop(self.stop)
 
 
-def run(config: GenerateConfig) -> None:
-    """Print what the model writes after the prompt, as it comes."""
-    model, tokenizer = load(config.model)
-    pieces = stream(
-        model,
-        tokenizer,
-        config.prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+class Generation:
+    """A text being written: iterate once, for its pieces as they come, each of whole characters.
 
+    tokens: what was generated so far, a token that ended it excepted, those of a stop string included. ended:
+    "" while it goes on, then why it ended: "end" (the model's own), "stop" (a stop string), "length"
+    (max_new_tokens), "context" (the model can look back no further), "cancelled".
+    """
 
-def plan(config: GenerateConfig) -> dict[str, Any]:
-    """What `run` would do, in figures; the model is mapped, not read."""
-    model, tokenizer = load(config.model)
-    prompt = prompt_ids(tokenizer, config.prompt)
-    flops = 2 * (model.config.body_parameters + model.config.vocab_size * model.config.hidden_size)
-    cache = Cache(model.config, 1, len(prompt) + config.max_new_tokens, _dtype(model), "meta")
-    return {
-        "prompt_tokens": len(prompt),
-        "new_tokens_at_most": config.max_new_tokens,
-        "flops_at_most": flops * (len(prompt) + config.max_new_tokens),
-        "cache_bytes": cache.bytes,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-    }
+    def __init__(
+        self, session: Session, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling, limits: Limits
+    ) -> None:
+        self.prompt = list(prompt)
+        self.tokens: list[Token] = []
+        self.ended = ""
+        self._session, self._tokenizer, self._limits = session, tokenizer, limits
+        self._sampler = Sampler(sampling, session.model.config.vocab_size)
+        self._cancelled = False
+
+    def __iter__(self) -> Iterator[str]:
+        return until(whole_text(self._tokenizer, self.ids()), self._limits.stop, self._stopped)
+
+    def cancel(self) -> None:
+        """End it before the next token; also from another thread or a signal's handler."""
+        self._cancelled = True
+
+    def ids(self) -> Iterator[int]:
+        """The ids alone, without regard to stop strings. Iterate over this or over the pieces, once."""
+        config = self._session.model.config
+        stops, banned = stop_ids(self._tokenizer), ~_allowed(config.vocab_size, self._tokenizer)
+        text = list(self.prompt)
+        self._sampler.see(text)
+        room = self._session.context - len(text)
+        for _ in range(min(room, self._limits.max_new_tokens)):
+            logits = None if self._cancelled else self._session.feed(text, lambda: self._cancelled)
+            if logits is None:
+                self.ended = "cancelled"
+                return
+            token = self._next(logits, banned)
+            if token.id in stops:
+                self.ended = "end"
+                return
+            self.tokens.append(token)
+            text.append(token.id)
+            self._sampler.see([token.id])
+            yield token.id
+        self.ended = "length" if self._limits.max_new_tokens <= room else "context"
+
+    def _next(self, logits: Tensor, banned: Tensor) -> Token:
+        total = float(logits.logsumexp(0))
+        if total != total:
+            fix = "compute in float32 or bfloat16: float16 overflows in some models"
+            raise Error("the model's logits are no numbers", where="generate", fix=fix)
+        drawn = self._sampler.draw(logits.masked_fill(banned, -torch.inf))
+        return Token(drawn, float(logits[drawn]) - total)
+
+    def _stopped(self) -> None:
+        self.ended = "stop"
 
 
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
 ) -> str:
     """The text that the model writes after `prompt`: all pieces of `stream` (see there) as one string."""
-    return "".join(stream(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    pieces = stream(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
+    return "".join(pieces)
 
 
 def stream(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
-) -> Iterator[str]:
-    """Yield the text that the model writes after `prompt`, piece by piece, each of whole characters.
+    stop: Sequence[str] = (),
+) -> Generation:
+    """What the model writes after `prompt`; iterate for the text, piece by piece, each of whole characters.
 
-    temperature: 0 takes the likeliest token each time, above it they are drawn from softmax(logits / temperature)
-    with `seed`. Generation ends with <eos> or <end_of_turn>, after max_new_tokens, or when the model's longest
-    context is full. Padding rows of the vocabulary and control tokens are never drawn.
+    prompt: text to go on from, or a conversation, [{"role": "user", "content": "…"}, …], to be answered.
+    temperature: 0 takes the likeliest token each time, above it they are drawn with `seed` from what top_k,
+    top_p and min_p leave (see gemstill.infer.sampling). stop: texts before which generation ends. It also
+    ends with <eos> or <end_of_turn>, after max_new_tokens, or when the model's longest context is full.
+    Padding rows of the vocabulary and control tokens are never drawn. The result also has the tokens with
+    their log-probabilities, and why it ended.
 
     Raises:
-        Error: max_new_tokens or temperature below 0; a prompt longer than the model's context.
+        Error: an option out of its range; a prompt longer than the model's context; a conversation whose
+            roles do not alternate, or that holds anything but text.
     """
-    _check(max_new_tokens, temperature)
-    prompt_tokens = prompt_ids(tokenizer, prompt)
-    if len(prompt_tokens) > model.config.max_position:
-        what = f"{len(prompt_tokens)} tokens exceed the model's context of {model.config.max_position}"
+    if isinstance(stop, str):
+        raise Error(f"stop is {stop!r}", where="generate", fix="give a list of texts")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    limits = Limits(max_new_tokens, tuple(stop))
+    ids = prompt_ids(tokenizer, prompt)
+    if len(ids) > model.config.max_position:
+        what = f"{len(ids)} tokens exceed the model's context of {model.config.max_position}"
         raise Error(what, where="prompt", fix="shorten it")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    return whole_text(tokenizer, generate_ids(model, tokenizer, prompt_tokens, **options))
+    return Generation(Session(model), tokenizer, ids, sampling, limits)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids behind one <bos>; a control token spelled out in the prompt is text, so no other can come in."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The prompt's ids behind one <bos>; a control token spelled out in the prompt is text, so no other can come in.
 
+    Raises:
+        Error: a conversation whose roles do not alternate, or that holds anything but text.
+    """
+    if isinstance(prompt, str):
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    for message in prompt:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            fix = "give each message as {'role': …, 'content': text}; a text model takes no images"
+            raise Error(f"holds a message that is no text: {str(message)[:80]}", where="prompt", fix=fix)
+    from gemstill.text.turns import encode_turns
 
-def generate_ids(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[int]:
-    """Yield the ids that follow `prompt`; the token that ends generation is not among them."""
-    stops, allowed = stop_ids(tokenizer), _allowed(model, tokenizer)
-    capacity = min(len(prompt) + max_new_tokens, model.config.max_position)
-    generator = torch.Generator().manual_seed(seed)
-    cache = Cache(model.config, 1, capacity, _dtype(model), model.embed_tokens.weight.device)
-    fresh = list(prompt)
-    for _ in range(capacity - len(prompt)):
-        token = _draw(_feed(model, cache, fresh).masked_fill(~allowed, -torch.inf), temperature, generator)
-        if token in stops:
-            return
-        yield token
-        fresh = [token]
-
-
-def whole_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Decode ids as they come, holding back a character whose bytes are not all there."""
-    window: list[int] = []  # ids since the last piece began, and of that piece itself: a decoder may look back
-    fresh = 0  # where in `window` the ids not yet given out begin
-    for token in ids:
-        window.append(token)
-        before, now = tokenizer.decode(window[:fresh]), tokenizer.decode(window)
-        # A character has at most four bytes: a fourth replacement in a row is no beginning of one.
-        if len(now) > len(before) and not (now.endswith(REPLACEMENT) and len(window) - fresh < 4):
-            yield now[len(before) :]
-            window, fresh = window[fresh:], len(window) - fresh
-    rest = tokenizer.decode(window)[len(tokenizer.decode(window[:fresh])) :]
-    if rest:
-        yield rest
+    return encode_turns(tokenizer, prompt)
 
 
 def stop_ids(tokenizer: Tokenizer) -> set[int]:
@@ -159,36 +191,10 @@ def stop_ids(tokenizer: Tokenizer) -> set[int]:
     return {tokenizer.eos_id} if turn is None else {tokenizer.eos_id, turn}
 
 
-def _check(max_new_tokens: int, temperature: float) -> None:
-    if max_new_tokens < 0:
-        raise Error(f"max_new_tokens is {max_new_tokens}, it must not be below 0", where="generate")
-    if not 0 <= temperature < float("inf"):
-        raise Error(f"temperature is {temperature}, it must be a number from 0 up", where="generate")
-
-
-def _dtype(model: Transformer) -> torch.dtype:
-    return model.compute_dtype or model.embed_tokens.weight.dtype
-
-
-def _allowed(model: Transformer, tokenizer: Tokenizer) -> Tensor:
-    """Which entries may be drawn: [V] bool; no padding row, no control token but those that end the text."""
-    allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+def _allowed(vocab_size: int, tokenizer: Tokenizer) -> Tensor:
+    """Which entries may be drawn: [vocab_size] bool; no padding row, no control token but those that end the text."""
+    allowed = torch.zeros(vocab_size, dtype=torch.bool)
     allowed[: tokenizer.vocab_size] = True
     allowed[sorted(tokenizer.control_ids)] = False
     allowed[sorted(stop_ids(tokenizer))] = True
     return allowed
-
-
-@torch.inference_mode()
-def _feed(model: Transformer, cache: Cache, ids: list[int]) -> Tensor:
-    """Feed ids to the model and return the logits [V] of the token after them, on the CPU."""
-    tokens = torch.tensor([ids], device=model.embed_tokens.weight.device)
-    for part in torch.split(tokens, CHUNK, 1):
-        logits: Tensor = model(part, cache=cache, readout=last_logits)
-    return logits[0].float().cpu()
-
-
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits.double() / temperature, -1), 1, generator=generator))
