@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, replace
 
 from gemstill.core.errors import Error
+
+# Far above every model there is, and small enough that the bytes of a matrix can be counted in 64 bits and
+# the network be laid out in seconds: a file may state any number.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_layers": 1024,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**16,
+    "sliding_window": 2**31,
+    "max_position": 2**31,
+    "layer_pattern": 2**31,
+}
 
 
 @dataclass(frozen=True)
@@ -32,16 +48,22 @@ class ModelConfig:
     tie_embeddings: bool = True  # the output head is the input embedding
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim"
-        for name in f"{sizes} query_pre_attn_scalar sliding_window max_position layer_pattern".split():
-            if getattr(self, name) <= 0:
-                raise Error(f"{name} is {getattr(self, name)}, it must be above 0", where="model")
+        for name, most in LARGEST.items():
+            if (size := getattr(self, name)) <= 0:
+                raise Error(f"{name} is {size}, it must be above 0", where="model")
+            if size > most:
+                raise Error(f"{name} is {_short(size)}, it may be {most} at most", where="model")
+        for name in ("query_pre_attn_scalar", "rope_theta", "rope_local_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise Error(f"{name} is {value}, it must be above 0 and finite", where="model")
         if self.num_heads % self.num_kv_heads:
             raise Error(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}", where="model")
         if self.head_dim % 2:
             raise Error(f"head_dim {self.head_dim} is odd; rotary embedding turns pairs", where="model")
         for name in ("attn_logit_softcap", "final_logit_softcap"):
-            if (cap := getattr(self, name)) is not None and cap <= 0:
+            cap = getattr(self, name)
+            if cap is not None and not (math.isfinite(cap) and cap > 0):
                 raise Error(f"{name} is {cap}, it must be above 0, or null for no cap", where="model")
 
     def is_local(self, layer: int) -> bool:
@@ -71,6 +93,11 @@ class ModelConfig:
     def with_vocab(self, vocab_size: int) -> ModelConfig:
         """The same model for another vocabulary."""
         return replace(self, vocab_size=vocab_size)
+
+
+def _short(number: int) -> str:
+    """A number in a sentence, which may have thousands of digits."""
+    return str(number) if number < 1e30 else f"a number of {math.log10(number):.0f} digits"
 
 
 def _gemma2(
