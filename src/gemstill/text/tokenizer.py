@@ -202,14 +202,15 @@ class Tokenizer:
     def _control_pattern(self) -> re.Pattern[str]:
         return re.compile(f"({any_of(filter(None, self._controls))})")
 
-    def _encode_controls(self, text: str) -> list[int]:
+    def split_controls(self, text: str) -> list[str | int]:
+        """`text` cut at the control tokens spelled in it: texts that may be empty, and between two of them an id."""
         parts = self._control_pattern.split(text)  # text, control token, text, …
-        ids: list[int] = []
-        for part, control in itertools.zip_longest(self.encode_batch(parts[::2]), parts[1::2]):
-            ids += part
-            if control is not None:
-                ids.append(self._controls[control])
-        return ids
+        return [self._controls[part] if place % 2 else part for place, part in enumerate(parts)]
+
+    def _encode_controls(self, text: str) -> list[int]:
+        parts = self.split_controls(text)
+        plain = iter(self.encode_batch([part for part in parts if isinstance(part, str)]))
+        return [id for part in parts for id in (next(plain) if isinstance(part, str) else [part])]
 
     def _named(self) -> tuple[int, int, int, int]:
         """The ids of bos, eos, unk and pad."""

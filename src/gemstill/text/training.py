@@ -14,9 +14,8 @@ from gemstill.core import files
 from gemstill.core.errors import Error
 from gemstill.text.settings import for_transformers
 from gemstill.text.tokenizer import FILES, Tokenizer, valid_text
-from gemstill.text.vocabulary import Vocabulary
+from gemstill.text.vocabulary import END_OF_TURN, START_OF_TURN, Vocabulary
 
-START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", START_OF_TURN, END_OF_TURN)  # their ids are their places
 SENTENCE = 4000  # characters in one training sentence; SentencePiece drops sentences that are too long
 SAMPLE = 200_000_000  # characters SentencePiece is shown at most: it keeps them in memory several times over

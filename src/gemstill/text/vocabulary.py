@@ -21,6 +21,7 @@ from gemstill.text.words import SPACE
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as SentencePiece and GGUF number them
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LONGEST_PIECE = 256  # characters; the cuts of a piece are tried one by one
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 LARGEST = 256 << 20  # bytes of a file that we would call a vocabulary
 
 # Gemma's files list these beside <table> and runs of spaces, as symbols that any text may hold. They steer the
