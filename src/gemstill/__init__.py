@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemstill.checkpoint.huggingface import load, save
+    from gemstill.checkpoint.source import load, save
     from gemstill.core.errors import Error
     from gemstill.distill.store import Store
     from gemstill.infer.generate import generate, stream
@@ -30,8 +30,8 @@ _HOMES = {
     "Transformer": "model.transformer",
     "generate": "infer.generate",
     "linear_cross_entropy": "ops.loss",
-    "load": "checkpoint.huggingface",
-    "save": "checkpoint.huggingface",
+    "load": "checkpoint.source",
+    "save": "checkpoint.source",
     "stream": "infer.generate",
 }
 

@@ -234,7 +234,7 @@ def teaching(config: QuickstartConfig) -> TeachConfig:
     """The teacher's distributions over the students' text, once."""
     folder = Path(config.run)
     return TeachConfig(
-        teacher=folder / "teacher" / "model",
+        teacher=str(folder / "teacher" / "model"),
         data=folder / "data-students" / "train",
         output=folder / "store",
         estimator=Estimator.parse(ESTIMATOR),
@@ -258,8 +258,7 @@ def _teach(config: QuickstartConfig) -> dict[str, Any]:
 
 def _evaluate(folder: Path, rows: list[str]) -> dict[str, Any]:
     """Score every model on all held-out documents, and let it write."""
-    from gemstill.checkpoint.huggingface import load
-    from gemstill.core.machine import fast_dtype
+    from gemstill.checkpoint.source import load
     from gemstill.data.dataset import TokenDataset
     from gemstill.infer.generate import generate
     from gemstill.train.heldout import evaluate
@@ -268,7 +267,6 @@ def _evaluate(folder: Path, rows: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name in rows:
         model, words = load(folder / name / "model")
-        model.compute_dtype = fast_dtype()
         scores = evaluate(model, heldout, WINDOW)
         begin = int(heldout.document_starts[0])
         prompt = words.decode([int(token) for token in heldout.read(begin + 1, begin + 25)])
@@ -302,7 +300,7 @@ def bootstrap(a: Any, b: Any, tokens: Any, seed: int = 0) -> tuple[float, float,
 
 def _publish(config: QuickstartConfig) -> dict[str, Any]:
     """The distilled student as `model/`, with a card that names its teacher."""
-    from gemstill.checkpoint.huggingface import load, save
+    from gemstill.checkpoint.source import load, save
 
     folder = Path(config.run)
     model, words = load(folder / "distilled" / "model")

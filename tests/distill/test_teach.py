@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemstill.checkpoint.huggingface import load, save
+from gemstill.checkpoint.source import load, save
 from gemstill.core import config as configuration
 from gemstill.core.errors import Error
 from gemstill.core.files import locked
@@ -246,7 +246,7 @@ def folders(tmp_path_factory):
 
 
 def test_from_folders_to_a_folder(folders, tmp_path):
-    recipe = {"teacher": folders / "teacher", "data": folders / "data" / "train", "output": tmp_path / "store",
+    recipe = {"teacher": str(folders / "teacher"), "data": folders / "data" / "train", "output": tmp_path / "store",
               "window": 32, "block_tokens": 2048, "estimator": {"name": "threshold", "parameter": 0.1}}  # fmt: skip
     config = configuration.parse(TeachConfig, recipe, ["precision=float32"])
     figures = plan(config)
@@ -265,7 +265,11 @@ def test_from_folders_to_a_folder(folders, tmp_path):
     card = (config.output / "README.md").read_text()
     assert card.startswith("---\nlicense: gemma\n")
     assert dataset.fingerprint in card
-    known = load(folders / "teacher")[0](torch.from_numpy(dataset.read(0, 32))[None])[0, :, :400].softmax(1).detach()
+    known = (
+        load(folders / "teacher", dtype=torch.float32)[0](torch.from_numpy(dataset.read(0, 32))[None])[0, :, :400]
+        .softmax(1)
+        .detach()
+    )
     target = store[0:32]
     stored = torch.zeros(32, 400).scatter_add_(1, target.ids, target.probs)
     heavy = known >= 0.1
@@ -275,7 +279,7 @@ def test_from_folders_to_a_folder(folders, tmp_path):
 def test_a_teacher_of_another_tokenizer_is_refused_and_both_named(folders, tmp_path):
     other = train_tokenizer([Path(__file__).read_text()], tmp_path / "tokenizer", 400)
     save(tiny(416), other, tmp_path / "teacher")
-    config = TeachConfig(tmp_path / "teacher", folders / "data" / "train", tmp_path / "store")
+    config = TeachConfig(str(tmp_path / "teacher"), folders / "data" / "train", tmp_path / "store")
     dataset = TokenDataset.open(folders / "data" / "train")
     with pytest.raises(Error, match=f"{other.fingerprint[:16]}.*{dataset.tokenizer_fingerprint[:16]}"):
         run(config)

@@ -48,10 +48,10 @@ def test_a_run_writes_its_folder_and_learns(recipe: TrainConfig) -> None:
 
 
 def test_the_finished_model_scores_as_the_run_said(recipe: TrainConfig, corpus: Path) -> None:
-    from gemstill.checkpoint import huggingface
+    from gemstill.checkpoint import source
 
     summary = train(recipe)
-    model, tokenizer = huggingface.load(Path(recipe.run) / "model")
+    model, tokenizer = source.load(Path(recipe.run) / "model")
     dataset = TokenDataset.open(corpus / "data" / "heldout")
     result = evaluate(model, dataset, 32, batch=5)
     assert tokenizer.fingerprint == dataset.tokenizer_fingerprint

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from gemstill.core.errors import Error
+from gemstill.core.files import read_json
 from gemstill.model.config import ModelConfig
 
 # Our name -> theirs, where the value is the same.
@@ -34,8 +36,38 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+# The same for the text part of Gemma 3's models for text and images, whose published files leave out most.
+BOTH, TEXT_PART = "gemma3", "text_config"
+TEXT_DEFAULTS: dict[str, Any] = {
+    "model_type": "gemma3_text", "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+}  # fmt: skip
 FLOATS = {"query_pre_attn_scalar", "attn_logit_softcap", "final_logit_softcap", "rms_norm_eps"}
+# A file may say anything: sizes beyond these no machine could hold, and a network of so many layers takes for ever.
+LARGEST, MOST_LAYERS, LONGEST = 1 << 24, 1000, 1 << 40
+GELU = ("gelu_pytorch_tanh", "gelu_new", None)  # two names of the tanh form
+CONFIG = "config.json"
+MOST_CONFIG = 1 << 20  # bytes; published ones have a thousand
+AGAIN = "fetch or save the file again"
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The network that a folder's config.json describes. Raises Error as `from_hf` does, or when it cannot be read."""
+    return from_hf(read_limited(folder / CONFIG, MOST_CONFIG), folder / CONFIG)
+
+
+def read_limited(path: Path, most: int) -> Any:
+    """A small JSON file of a stranger's. Raises Error for more than `most` bytes, as `read_json` does besides."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise Error(f"cannot be read ({error.strerror})", where=path) from error
+    if size > most:
+        raise Error(f"has {size:,} bytes, far more than such a file needs", where=path, fix=AGAIN)
+    if not path.is_file():
+        raise Error("is no file", where=path)
+    return read_json(path)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -77,15 +109,25 @@ def from_hf(raw: Any, where: object) -> ModelConfig:
     if not isinstance(raw, dict):
         raise Error("is not a JSON object", where=where)
     kind = raw.get("model_type")
-    if kind not in DEFAULTS:
-        raise Error(f"holds a model of type {kind!r}", where=where, fix=f"only {' and '.join(DEFAULTS)} can be opened")
+    if kind == BOTH:
+        part = raw.get(TEXT_PART)
+        if not isinstance(part, dict):
+            raise Error(f"has no '{TEXT_PART}', the part that this package opens of a {BOTH} model", where=where)
+        tied = {"tie_word_embeddings": raw["tie_word_embeddings"]} if "tie_word_embeddings" in raw else {}
+        raw = TEXT_DEFAULTS | tied | part
+        kind = raw["model_type"]
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        known = f"only {', '.join(DEFAULTS)} and the text part of {BOTH} can be opened"
+        raise Error(f"holds a model of type {kind!r:.60}", where=where, fix=known)
     _refuse_variants(raw, where)
-    known = COMMON_DEFAULTS | DEFAULTS[kind] | raw
+    fields = COMMON_DEFAULTS | DEFAULTS[kind] | raw
     values: dict[str, Any] = {}
     for ours, theirs in FIELDS.items():
-        if theirs not in known:
+        if theirs not in fields:
             raise Error(f"has no field '{theirs}'", where=where)
-        values[ours] = _checked(ours, theirs, known[theirs], where)
+        values[ours] = _checked(ours, theirs, fields[theirs], where)
+    if (width := values["num_heads"] * values["head_dim"]) > LARGEST:
+        raise Error(f"all heads together are {width:,} wide, more than {LARGEST:,}", where=where)
     values |= _rotary(raw, kind, where)
     values["qk_norm"] = kind == "gemma3_text"
     values["layer_pattern"] = _pattern(raw, values["num_layers"], 6 if values["qk_norm"] else 2, where)
@@ -93,16 +135,17 @@ def from_hf(raw: Any, where: object) -> ModelConfig:
 
 
 def _refuse_variants(raw: dict[str, Any], where: object) -> None:
+    # The newer spelling counts where both are there. The older one says gelu in Gemma's first files and means tanh's.
+    newer = raw.get("hidden_activation") is not None
     wanted: dict[str, tuple[Any, ...]] = {
-        "hidden_activation": ("gelu_pytorch_tanh", None),
+        "hidden_activation" if newer else "hidden_act": GELU if newer else (*GELU, "gelu"),
         "attention_bias": (False, None),
         "use_bidirectional_attention": (False, None),
-        "rope_scaling": (None,),
         "quantization_config": (None,),
     }
     for name, allowed in wanted.items():
         if raw.get(name) not in allowed:
-            raise Error(f"{name} is {raw[name]!r}, which this network does not have", where=where)
+            raise Error(f"{name} is {raw[name]!r:.100}, which this network does not have", where=where)
 
 
 def _checked(ours: str, theirs: str, value: Any, where: object) -> Any:
@@ -111,29 +154,52 @@ def _checked(ours: str, theirs: str, value: Any, where: object) -> Any:
     kind = "true or false" if ours == "tie_embeddings" else "a number" if ours in FLOATS else "a whole number"
     number = isinstance(value, int | float if ours in FLOATS else int)
     if not number or isinstance(value, bool) != (ours == "tie_embeddings"):
-        raise Error(f"{theirs} is {value!r}, which is not {kind}", where=where)
-    return float(value) if ours in FLOATS else value
+        raise Error(f"{theirs} is {value!r:.100}, which is not {kind}", where=where)
+    if isinstance(value, bool):
+        return value
+    if ours in FLOATS:
+        return _number(theirs, value, where)
+    limit = {"num_layers": MOST_LAYERS, "max_position": LONGEST, "sliding_window": LONGEST}.get(ours, LARGEST)
+    if not 0 < value <= limit:
+        raise Error(f"{theirs} is {value!r:.40}, which is not within 1 and {limit:,}", where=where)
+    return value
+
+
+def _number(name: str, value: Any, where: object) -> float:
+    """A number above 0 as a float that computes: huge integers, NaN and infinity are JSON to Python too."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
+        raise Error(f"{name} is {value!r:.100}, which is not a number above 0", where=where)
+    return float(value)
 
 
 def _rotary(raw: dict[str, Any], kind: str, where: object) -> dict[str, float | None]:
     """Rotary bases, from `rope_parameters` (transformers 5) or the plain fields before it."""
-    parameters = raw.get("rope_parameters") or {}
-    nested = {name: parameters.get(name) or {} for name in (GLOBAL, LOCAL)}
-    parts = [*nested.values(), parameters] if kind == "gemma3_text" else [parameters]
-    for part in parts:
-        if not isinstance(part, dict) or part.get("rope_type", "default") != "default":
-            raise Error(f"rope_parameters {part!r} are not the plain rotary embedding this network has", where=where)
+    parameters = _rope(raw, "rope_parameters", where)
+    scaling = _rope(raw, "rope_scaling", where)
+    nested = {name: _rope(parameters, name, where) for name in (GLOBAL, LOCAL)}
+    for part in (scaling, parameters, *nested.values()):
+        shape = part.get("rope_type", part.get("type", "default"))
+        if shape != "default" and not (shape == "linear" and part.get("factor") == 1):
+            what = f"positions are scaled (rope_scaling {part!r:.100}), which this network does not do"
+            raise Error(what, where=where)
     if kind == "gemma2":
-        theta = {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta", 10_000.0)), "rope_local_theta": None}
-    else:
-        theta = {
-            "rope_theta": nested[GLOBAL].get("rope_theta", raw.get("rope_theta", 1_000_000.0)),
-            "rope_local_theta": nested[LOCAL].get("rope_theta", raw.get("rope_local_base_freq", 10_000.0)),
-        }
-    for value in theta.values():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise Error(f"the rotary base is {value!r}, which is not a number above 0", where=where)
-    return {name: None if value is None else float(value) for name, value in theta.items()}
+        theta = parameters.get("rope_theta", raw.get("rope_theta", 10_000.0))
+        return {"rope_theta": _number("rope_theta", theta, where), "rope_local_theta": None}
+    theta = nested[GLOBAL].get("rope_theta", raw.get("rope_theta", 1_000_000.0))
+    local = nested[LOCAL].get("rope_theta", raw.get("rope_local_base_freq", 10_000.0))
+    return {
+        "rope_theta": _number("rope_theta", theta, where),
+        "rope_local_theta": _number("rope_local_base_freq", local, where),
+    }
+
+
+def _rope(raw: dict[str, Any], name: str, where: object) -> dict[str, Any]:
+    part = raw.get(name)
+    if part is None:
+        return {}
+    if not isinstance(part, dict):
+        raise Error(f"{name} is {part!r:.100}, which is not an object", where=where)
+    return part
 
 
 def _pattern(raw: dict[str, Any], layers: int, usual: int, where: object) -> int:
@@ -141,7 +207,11 @@ def _pattern(raw: dict[str, Any], layers: int, usual: int, where: object) -> int
     types = raw.get("layer_types")
     stated = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern"))
     if types is None:
-        return stated if isinstance(stated, int) else usual
+        if stated is None:
+            return usual
+        if isinstance(stated, bool) or not isinstance(stated, int) or stated < 1:
+            raise Error(f"sliding_window_pattern is {stated!r:.100}, which is not a whole number above 0", where=where)
+        return min(stated, layers + 1)
     pattern: int
     for pattern in (usual, *range(1, layers + 2)):
         if types == [LOCAL if (layer + 1) % pattern else GLOBAL for layer in range(layers)]:

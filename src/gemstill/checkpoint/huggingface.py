@@ -3,177 +3,172 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gemstill.checkpoint import sidecars
-from gemstill.checkpoint.hf_config import from_hf, to_hf
+from gemstill.checkpoint.hf_config import BOTH, CONFIG, MOST_CONFIG, from_hf, read_limited, to_hf
+from gemstill.checkpoint.safetensors_file import INDEX, WEIGHTS, Weights, write_weights
+from gemstill.checkpoint.tensors import DTYPES, check_float16, check_names, check_vocabulary, listed
 from gemstill.core.errors import Error
-from gemstill.core.files import read_json, write_json, writing
+from gemstill.core.files import write_json, writing
+from gemstill.core.notices import note
 from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
 from gemstill.text.tokenizer import Tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MARK = "gemstill_version"  # a field of config.json: who wrote the folder, so who may write over it
-# All that `save` and the tokenizer write: a folder with anything else in it holds someone's work.
+SHARD = 5 * 10**9  # bytes of weights in one file at most, as the hub has it
+# All that `save_folder` and the tokenizer write: a folder with anything else in it holds someone's work.
 OURS = frozenset({
-    "config.json", WEIGHTS, "generation_config.json", "tokenizer_config.json", "README.md",
+    CONFIG, WEIGHTS, INDEX, "generation_config.json", "tokenizer_config.json", "README.md",
     "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
 })  # fmt: skip
+_SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+# How the text part is called in a checkpoint for text and images: as published, and as `transformers` has it since.
+_TEXT_PARTS = (("language_model.model.", "language_model."), ("model.language_model.", ""))
 
 
-def load(
+def load_folder(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Transformer, Tokenizer]:
     """Open a checkpoint folder: its network, weights stored in `dtype` (default: as in the file), and its tokenizer.
 
     On the CPU, weights that keep their dtype are mapped from the file, not read: memory holds one copy at most.
+    Of a Gemma 3 model for text and images the text part is opened, and that is said.
 
     Raises:
         Error: no such folder, a file missing or damaged, another architecture, tensors missing, superfluous or
-            of another shape (each by name), a tokenizer with more entries than the model.
+            of another shape or type (each by name), a tokenizer with more entries than the model, float16 for
+            a network whose activations overflow it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "there is no such folder"
         raise Error(what, where=folder, fix="name the folder of a checkpoint")
-    config = from_hf(read_json(folder / "config.json"), folder / "config.json")
+    raw = read_limited(folder / CONFIG, MOST_CONFIG)
+    config = from_hf(raw, folder / CONFIG)
+    check_float16(config, dtype, folder)
     tokenizer = Tokenizer.open(folder)
-    _check_vocabulary(config, tokenizer, folder)
+    check_vocabulary(config, tokenizer, folder)
+    weights = Weights(folder, device)
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(_read_weights(folder, model, dtype, torch.device(device)), assign=True)
+    names = _names(weights, model, with_images=raw["model_type"] == BOTH)
+    model.load_state_dict({ours: weights.read(theirs, dtype) for ours, theirs in names.items()}, assign=True)
     return model, tokenizer
 
 
-def save(model: Transformer, tokenizer: Tokenizer, folder: str | Path, *, card: str | None = None) -> None:
-    """Write `model` and `tokenizer` as a Hugging Face folder, whole or not at all, weights in their storage dtype.
+def _names(weights: Weights, model: Transformer, *, with_images: bool) -> dict[str, str]:
+    """Our name -> the file's, of all parameters, once it is sure that the file has them and nothing else."""
+    body, rest, found = "model.", "", set(weights.shapes)
+    if with_images:
+        parts = [part for part in _TEXT_PARTS if part[0] + _EMBEDDING in found] or [_TEXT_PARTS[0]]
+        body, rest = parts[0]
+        text = {name for name in found if name.startswith((body, rest + _HEAD))}
+        note(
+            f"only the text part of this model for text and images is opened, {len(found) - len(text)} tensors "
+            "of the rest are left",
+            where=weights.folder,
+        )
+        found = text
 
-    card: the model card (README.md), Markdown; by default one with the sizes alone.
+    def theirs(name: str) -> str:
+        return rest + name if name == _HEAD else body + name
+
+    head, embedding = theirs(_HEAD), theirs(_EMBEDDING)
+    if model.lm_head is None and head in found and weights.shapes.get(embedding) == weights.shapes[head]:
+        # Some tools write the tied head out. The same matrix twice is one matrix; another one is not tied.
+        if not _equal(weights.read(head), weights.read(embedding)):
+            raise Error(f"{head} differs from {embedding}, though config.json says they are tied", where=weights.folder)
+        note(f"{head} is the embedding once more and is left out", where=weights.folder)
+        found.discard(head)
+    shapes = {name: weights.shapes[name] for name in sorted(found)}
+    check_names(shapes, model, where=weights.folder, spell=theirs, unreadable=weights.unreadable)
+    return {name: theirs(name) for name, _ in model.named_parameters()}
+
+
+def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
+    """Whether two matrices are the same, NaN included, compared a few rows at a time."""
+    if a.dtype != b.dtype or a.ndim != b.ndim:
+        return False
+    pairs = zip(torch.split(a, rows), torch.split(b, rows), strict=True)
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
+
+
+def save_folder(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+) -> None:
+    """Write `model` and `tokenizer` as a Hugging Face folder, whole or not at all, in several files above 5 GB.
+
+    dtype: of the weights in the file; by default each keeps its own. They are converted as they are written:
+    no second copy of them is ever held. card: the model card (README.md), Markdown; by default one with the
+    sizes alone.
 
     Raises:
-        Error: `folder` is there and is neither empty nor a checkpoint that `save` wrote; it cannot be written;
-            the tokenizer has more entries than the model.
+        Error: `folder` is there and is neither empty nor a checkpoint that `save_folder` wrote; it cannot be
+            written; the tokenizer has more entries than the model; a dtype that no weights have, or that does
+            not hold these.
     """
     folder = Path(folder).resolve()  # a link to a checkpoint stays a link
     config = model.config
-    _check_vocabulary(config, tokenizer, folder)
+    check_vocabulary(config, tokenizer, folder)
     described = to_hf(config)
     _check_replaceable(folder)
-    tensors = {_their_name(name): p.detach().contiguous() for name, p in model.named_parameters()}
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    tensors = {_their_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    _check_dtype(config, tensors, dtype, folder)
+    dtypes = {str(dtype or tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     described["dtype"] = described["torch_dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
     described |= sidecars.special_ids(tokenizer)
     described[MARK] = sidecars.version()
     with writing(folder, folder=True) as partial:
         sidecars.write_tokenizer(partial, tokenizer)
         write_json(partial / "generation_config.json", sidecars.generation_config(tokenizer))
-        write_json(partial / "config.json", described)
+        write_json(partial / CONFIG, described)
         (partial / "README.md").write_text(card or sidecars.default_card(config), encoding="utf-8")
-        # One metadata key: several would be written in random order, and equal weights make equal bytes.
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        write_weights(partial, tensors, dtype, SHARD)
 
 
 def _their_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
+    return name if name == _HEAD else f"model.{name}"
 
 
-def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: object) -> None:
-    """Padded rows of the embedding are allowed, ids without a row are not."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise Error(
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model {config.vocab_size}",
-            where=where,
-            fix="use the tokenizer that the model was made with",
-        )
+def _check_dtype(config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype | None, folder: Path) -> None:
+    """float16 is the one dtype that may not hold what another holds."""
+    kinds = {dtype} if dtype else {tensor.dtype for tensor in tensors.values()}
+    if strangers := kinds - set(DTYPES):
+        raise Error(f"weights are not stored as {strangers.pop()}", where=folder, fix="take bfloat16")
+    if torch.float16 not in kinds:
+        return
+    check_float16(config, torch.float16, folder)
+    limit = torch.finfo(torch.float16).max
+    large = [name for name, tensor in tensors.items() if tensor.numel() and not tensor.abs().max() <= limit]
+    if large:
+        raise Error(f"weights overflow float16: {listed(large)}", where=folder, fix="take bfloat16")
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Let `save` replace nothing but an empty folder or a checkpoint of its own."""
+    """Let `save_folder` replace nothing but an empty folder or a checkpoint of its own."""
     if not folder.is_dir():
         return  # `writing` refuses a file
     names = sorted(path.name for path in folder.iterdir())
     fix = "name another folder"
-    if strangers := [name for name in names if name not in OURS]:
-        raise Error(f"holds files that no checkpoint of ours has ({_list(strangers)})", where=folder, fix=fix)
+    if strangers := [name for name in names if name not in OURS and not _SHARD_NAME.fullmatch(name)]:
+        raise Error(f"holds files that no checkpoint of ours has ({listed(strangers)})", where=folder, fix=fix)
     if not names:
         return
     try:
-        marked = MARK in json.loads((folder / "config.json").read_bytes())
+        marked = MARK in json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError, TypeError):
         marked = False
     if not marked:
         raise Error("is a folder that gemstill did not write", where=folder, fix=fix)
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files: the one, or those that an index names."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).exists():
-        raise Error(f"has neither {WEIGHTS} nor {INDEX}", where=folder)
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise Error("has no 'weight_map' from tensors to files of this folder", where=folder / INDEX)
-    return [folder / name for name in sorted(set(names))]
-
-
-def _open_weights(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Tensor name -> the open file that has it."""
-    handles: dict[str, Any] = {}
-    for path in _weight_files(folder):
-        try:
-            handle: Any = safe_open(path, framework="pt", device=str(device))
-        except (OSError, SafetensorError) as error:
-            fix = "fetch or save the file again"
-            raise Error(f"cannot be read as safetensors ({error})", where=path, fix=fix) from error
-        handles |= dict.fromkeys(handle.keys(), handle)
-    return handles
-
-
-def _read_weights(
-    folder: Path, model: Transformer, dtype: torch.dtype | None, device: torch.device
-) -> dict[str, Tensor]:
-    """All parameters of `model` from the folder, under our names; names and shapes are checked before any is read."""
-    handles = _open_weights(folder, device)
-    wanted = {_their_name(name): parameter for name, parameter in model.named_parameters()}
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if head not in wanted and head in handles and embedding in handles:
-        # Some tools write the tied head out. The same matrix twice is one matrix; another one is not tied.
-        if not torch.equal(handles[head].get_tensor(head), handles[embedding].get_tensor(embedding)):
-            raise Error(f"{head} differs from {embedding}, though config.json says they are tied", where=folder)
-        del handles[head]
-    problems = []
-    if missing := sorted(wanted.keys() - handles.keys()):
-        problems.append(f"tensors are missing: {_list(missing)}")
-    if superfluous := sorted(handles.keys() - wanted.keys()):
-        problems.append(f"tensors that the model does not have: {_list(superfluous)}")
-    misshapen = []
-    for name in sorted(wanted.keys() & handles.keys()):
-        shape, right = list(handles[name].get_slice(name).get_shape()), list(wanted[name].shape)
-        if shape != right:
-            misshapen.append(f"{name} {shape} instead of {right}")
-    if misshapen:
-        problems.append(f"tensors of another shape: {_list(misshapen)}")
-    if problems:
-        raise Error("; ".join(problems), where=folder, fix="config.json and the weights belong to different models")
-    return {name: _tensor(handles[_their_name(name)], _their_name(name), dtype) for name, _ in model.named_parameters()}
-
-
-def _tensor(handle: Any, name: str, dtype: torch.dtype | None) -> Tensor:
-    tensor: Tensor = handle.get_tensor(name)
-    if not tensor.is_floating_point():
-        raise Error(f"{name} is stored as {tensor.dtype}, which is not a floating-point type", where="weights")
-    return tensor if dtype is None else tensor.to(dtype)

@@ -46,6 +46,21 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     write_json(path, settings)
 
 
+def licence(folder: Path) -> str:
+    """The `license:` line in the header of a folder's model card, or "unknown"."""
+    try:
+        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return "unknown"
+    if lines[:1] == ["---"]:
+        for line in lines[1:]:
+            if line == "---":
+                break
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip().strip("'\"") or "unknown"
+    return "unknown"
+
+
 def default_card(config: ModelConfig) -> str:
     """A model card that says what can be read off the network itself."""
     family = "Gemma 3 text" if config.qk_norm else "Gemma 2"

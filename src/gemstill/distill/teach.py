@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gemstill.checkpoint.huggingface import load
+from gemstill.checkpoint import sidecars, source
 from gemstill.core import files, machine
 from gemstill.core.errors import Error
 from gemstill.core.progress import Progress
@@ -33,7 +33,7 @@ LOGITS, ROWS = 1 << 22, 128
 class TeachConfig:
     """A teacher over a data set into a store."""
 
-    teacher: Path  # a checkpoint folder
+    teacher: str  # a model: a folder, a .gguf file, a name on the hub
     data: Path  # a data set's folder of shards, for example data/train
     output: Path  # the store's folder; a store begun there with the same settings is continued
     estimator: Estimator = field(default_factory=Estimator)  # what is kept of a distribution
@@ -103,7 +103,8 @@ def plan(config: TeachConfig) -> dict[str, Any]:
 
 def _open(config: TeachConfig) -> tuple[Transformer, TokenDataset, StoreInfo]:
     """The teacher, set to its precision, the data set, and what the store will be."""
-    model, tokenizer = load(config.teacher)
+    place = source.find(config.teacher)
+    model, tokenizer = source.load(place)
     dataset = TokenDataset.open(config.data)
     if tokenizer.fingerprint != dataset.tokenizer_fingerprint:
         ours, theirs = tokenizer.fingerprint[:16], dataset.tokenizer_fingerprint[:16]
@@ -115,25 +116,10 @@ def _open(config: TeachConfig) -> tuple[Transformer, TokenDataset, StoreInfo]:
     model.compute_dtype = machine.fast_dtype() if config.precision == "fast" else getattr(torch, config.precision)
     info = describe(
         model, dataset, estimator=config.estimator, window=config.window, block_tokens=config.block_tokens,
-        batch=config.batch, temperature=config.temperature, seed=config.seed, teacher=config.teacher.resolve().name,
-        licence=config.licence or _licence(config.teacher),
+        batch=config.batch, temperature=config.temperature, seed=config.seed, teacher=source.name_of(config.teacher),
+        licence=config.licence or sidecars.licence(place),
     )  # fmt: skip
     return model, dataset, info
-
-
-def _licence(folder: Path) -> str:
-    """The `license:` line of a model card's header, or "unknown"."""
-    try:
-        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return "unknown"
-    if lines[:1] == ["---"]:
-        for line in lines[1:]:
-            if line == "---":
-                break
-            if line.startswith("license:"):
-                return line.removeprefix("license:").strip().strip("'\"") or "unknown"
-    return "unknown"
 
 
 def fingerprint(model: nn.Module) -> str:

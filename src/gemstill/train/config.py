@@ -88,7 +88,9 @@ class ModelChoice:
 
     preset: str = "mini-1m"  # a name of gemstill.model.config.PRESETS
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that differ from the preset
-    start: str = ""  # a Hugging Face folder whose network and weights training starts from, instead of a preset
+    start: str = (
+        ""  # a model (folder, .gguf file, hub name) to start from, its network and weights, in place of a preset
+    )
 
     def __post_init__(self) -> None:
         if self.start and self.overrides:

@@ -156,10 +156,9 @@ def _open(config: TrainConfig) -> _Data:
 def _shape(config: TrainConfig, data: _Data) -> ModelConfig:
     if not config.model.start:
         return config.model.shape(data.tokenizer.vocab_size)
-    from gemstill.checkpoint.hf_config import from_hf
+    from gemstill.checkpoint.source import shape_of
 
-    path = Path(config.model.start) / "config.json"
-    shape = from_hf(read_json(path), path)
+    shape = shape_of(config.model.start)
     check_vocabulary(shape.vocab_size, data.tokenizer.vocab_size, config.model.start)
     return shape
 
@@ -241,20 +240,20 @@ def _loop(config: TrainConfig, recipe: dict[str, Any], shape: ModelConfig, data:
 def _model(config: TrainConfig, shape: ModelConfig) -> Transformer:
     if not config.model.start:
         return Transformer(shape, seed=config.seed)
-    from gemstill.checkpoint import huggingface
+    from gemstill.checkpoint.source import load
 
-    return huggingface.load(config.model.start, dtype=torch.float32)[0]
+    return load(config.model.start, dtype=torch.float32)[0]
 
 
 def _finish(
     folder: Path, loop: Loop, shape: ModelConfig, weights: dict[str, torch.Tensor], data: _Data
 ) -> dict[str, Any]:
-    from gemstill.checkpoint import huggingface
+    from gemstill.checkpoint.source import save
 
     with torch.device("meta"):
         model = Transformer(shape)
     model.load_state_dict(weights, assign=True)
-    huggingface.save(model, data.tokenizer, folder / "model")
+    save(model, data.tokenizer, folder / "model")
     unit = 1 if sys.platform == "darwin" else 1024
     summary = {
         "parameters": shape.body_parameters + shape.embedding_parameters,

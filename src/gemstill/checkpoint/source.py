@@ -1,0 +1,123 @@
+"""One name for a model, wherever people have it: a folder, a GGUF file, Google's own file, a name on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gemstill.checkpoint.hf_config import CONFIG, read_config
+from gemstill.checkpoint.huggingface import load_folder, save_folder
+from gemstill.checkpoint.look import expect_model, look
+from gemstill.core import machine
+from gemstill.core.errors import Error
+from gemstill.model.config import ModelConfig
+from gemstill.model.transformer import Transformer
+from gemstill.text.tokenizer import Tokenizer
+
+GGUF = ".gguf"
+INDEX = "pytorch_model.bin.index.json"  # of Google's own file in several
+GOOGLE = (".ckpt", ".bin", ".pt", ".pth")  # suffixes of torch's own files
+DTYPES = {
+    "float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "f16": torch.float16,
+}  # fmt: skip
+
+
+def load(
+    source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Transformer, Tokenizer]:
+    """Open a model and its tokenizer, ready to compute in the fastest precision of this machine.
+
+    source: a Hugging Face folder, a GGUF file, a file of `gemma_pytorch` beside its tokenizer.model, or a name
+    on the hub such as "google/gemma-2-2b-it" or "google/gemma-2-2b-it@main". dtype: of the stored weights, by
+    default as in the file; asking for one wider than the machine's fast precision also computes in it.
+
+    Raises:
+        Error: there is no such thing, it cannot be fetched, it is damaged, or it is another kind of model.
+    """
+    path = find(source)
+    if path.is_file() and path.suffix not in GOOGLE:
+        from gemstill.checkpoint.gguf import load_gguf
+
+        model, tokenizer = load_gguf(path, dtype=dtype, device=device)
+    elif path.is_file() or ((path / INDEX).exists() and not any(path.glob("*.safetensors"))):
+        from gemstill.checkpoint.google import load_google
+
+        model, tokenizer = load_google(path, dtype=dtype, device=device)
+    else:
+        model, tokenizer = load_folder(path, dtype=dtype, device=device)
+    model.compute_dtype = compute_dtype(dtype, device)
+    return model, tokenizer
+
+
+def compute_dtype(dtype: torch.dtype | None, device: str | torch.device = "cpu") -> torch.dtype:
+    """What to compute in: the machine's fast precision, or float32 and float64 when these were asked for by name."""
+    return dtype if dtype in (torch.float32, torch.float64) else machine.fast_dtype(str(device))
+
+
+def find(source: str | Path) -> Path:
+    """The folder or file of weights that `source` names, fetched from the hub when it is a name there.
+
+    Raises:
+        Error: there is no such thing here or on the hub, or it is no model.
+    """
+    found = expect_model(source)
+    if found.kind == "hub":
+        from gemstill.checkpoint.hub import resolve
+
+        return resolve(str(source))
+    # Google's files are offered beside a config.json too.
+    inside = sorted(found.path.glob("*.ckpt")) if found.path.is_dir() else []
+    if len(inside) == 1 and not any(found.path.glob("*.safetensors*")):
+        return inside[0]
+    return found.path
+
+
+def shape_of(source: str | Path) -> ModelConfig:
+    """The network that `source` holds, without its weights where that can be. Raises Error as `load` does."""
+    path = find(source)
+    return read_config(path) if (path / CONFIG).is_file() else load(path)[0].config
+
+
+def name_of(source: str | Path) -> str:
+    """What to call a model: its name on the hub, or that of its folder or file.
+
+    >>> name_of("google/gemma-2-2b@main")
+    'google/gemma-2-2b@main'
+    """
+    path = Path(source).expanduser()
+    if look(source).kind == "hub":
+        return str(source)
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def save(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    target: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    card: str | None = None,
+) -> None:
+    """Write a model and its tokenizer where others open them: a GGUF file where `target` ends in .gguf, else a folder.
+
+    dtype: of the stored weights, by default each keeps its own; float32, bfloat16 or float16 (f32, bf16, f16),
+    and q8_0 or q4_0 for a GGUF. card: the model card of a folder, Markdown.
+
+    Raises:
+        Error: a dtype that the format does not have, a network that others would run wrongly, a folder that
+            holds anything but a checkpoint of ours, a place that cannot be written.
+    """
+    target = Path(target)
+    name = str(dtype).removeprefix("torch.").lower() if dtype else None
+    if target.suffix == GGUF:
+        from gemstill.checkpoint.gguf import save_gguf
+
+        short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+        save_gguf(model, tokenizer, target, dtype=short.get(name, name) if name else None)
+        return
+    if name is not None and name not in DTYPES:
+        fix = f"take one of {', '.join(DTYPES)}" + (f"; {name} is for {GGUF} files" if name.startswith("q") else "")
+        raise Error(f"a folder's weights are not stored as '{name}'", where=target, fix=fix)
+    save_folder(model, tokenizer, target, dtype=DTYPES[name] if name else None, card=card)
