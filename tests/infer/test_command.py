@@ -125,7 +125,7 @@ def test_wrong_input_is_answered_in_one_line(folder: Path, tmp_path: Path, capsy
     for words, message in (
         ([tmp_path / "mdel", "x"], "there is no such file or folder"),
         ([f"{folder}l", "x"], f"did you mean '{folder}'?"),
-        ([other, "x"], "holds a model of type 'llama'; only gemma2 and gemma3_text can be opened"),
+        ([other, "x"], "holds a model of type 'llama'; only gemma2, gemma3_text and the text part of gemma3 can be opened"),
         ([tmp_path / "picture.png", "x"], "is no model"),
         ([tmp_path / "text.gguf", "x"], "is no GGUF file"),
         ([tmp_path / "state", "x"], "is a training state"),
