@@ -24,6 +24,10 @@ KINDS: dict[str, Sequence[Mutator]] = {
     ".gguf": gguf_file.MUTATORS,
     ".ckpt": torch_file.MUTATORS,
 }
+# What a mutator may raise on bytes that another one has broken before it.
+UNCHANGEABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError,
+)  # fmt: skip
 SHARDS = (
     "../outside.safetensors",
     "/etc/passwd",
@@ -72,7 +76,7 @@ def mutate(rng: Random, start: Seed, number: int = 0) -> Case:
             told.append(chosen.__name__)
             try:
                 files[part] = chosen(rng, files[part])
-            except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError, StopIteration):
+            except UNCHANGEABLE:
                 if turn == 0 and files[part] == start.files[part]:  # only what is broken already may resist
                     told[-1] = f"flip_bits instead of {told[-1]}"
                 files[part] = raw.flip_bits(rng, files[part])
