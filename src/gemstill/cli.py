@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gemstill import __version__
 from gemstill.core.errors import Error
+from gemstill.core.notices import on_one_line
 
 if TYPE_CHECKING:
     from gemstill.core.config import Field
@@ -65,6 +66,21 @@ COMMANDS = {
         places=("source", "prompt"),
         resumes=False,
     ),
+    "chat": Command(
+        "a conversation at the terminal",
+        "infer.chat",
+        "infer.config:ChatConfig",
+        places=("source",),
+        resumes=False,
+    ),
+    "export": Command(
+        "write a model in a format that others open: a Hugging Face folder, or a GGUF file for llama.cpp",
+        "checkpoint.export",
+        "checkpoint.export:ExportConfig",
+        places=("source", "target"),
+        made="target",
+        resumes=False,
+    ),
     "report": Command(
         "make a run's report, one HTML file",
         "report.run",
@@ -87,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = COMMANDS.get(words[0]) if words else None
+    on_one_line()
     try:
         if command is None:
             return _overview(words)

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def answer(prompt: str, **options: Any) -> str:
+def answer(prompt: Any, **options: Any) -> str:
     return generate(network(), small_tokenizer(), prompt, **options)
 
 
@@ -71,6 +71,14 @@ def test_several_prompts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     file.write_text("def\n\nclass A:\n")
     out = printed(capsys, folder, "--prompts", file, "--max-new-tokens=5")
     assert out == f"{answer('def', max_new_tokens=5)}\n\n{answer('class A:', max_new_tokens=5)}\n"
+
+
+def test_a_chat_prompt(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": "user", "content": "def"}]
+    assert printed(capsys, "--chat", folder, "def", "--max-new-tokens=5") == answer(turns, max_new_tokens=5) + "\n"
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"messages": turns}))
+    assert printed(capsys, folder, "--prompts", file, "--max-new-tokens=5") == answer(turns, max_new_tokens=5) + "\n"
 
 
 def test_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +133,10 @@ def test_wrong_input_is_answered_in_one_line(folder: Path, tmp_path: Path, capsy
     for words, message in (
         ([tmp_path / "mdel", "x"], "there is no such file or folder"),
         ([f"{folder}l", "x"], f"did you mean '{folder}'?"),
-        ([other, "x"], "holds a model of type 'llama'; only gemma2, gemma3_text and the text part of gemma3 can be opened"),
+        (
+            [other, "x"],
+            "holds a model of type 'llama'; only gemma2, gemma3_text and the text part of gemma3 can be opened",
+        ),
         ([tmp_path / "picture.png", "x"], "is no model"),
         ([tmp_path / "text.gguf", "x"], "is no GGUF file"),
         ([tmp_path / "state", "x"], "is a training state"),

@@ -14,6 +14,7 @@ from gemstill.infer.generate import Generation, Limits, generate, prompt_ids, st
 from gemstill.infer.pieces import until, whole_text
 from gemstill.infer.sampling import Sampling
 from gemstill.infer.session import Session
+from gemstill.text.turns import encode_turns
 from tests.infer.networks import SMALL, SMALL3, TIED, VOCAB, lean, network
 from tests.model.reference import copy_of, name_of
 from tests.model.tokenizers import TEXT, small_tokenizer
@@ -167,9 +168,20 @@ def test_logits_that_are_no_numbers_are_said():
         generate(model, small_tokenizer(), "def")
 
 
+def test_messages_are_answered():
+    model, tokenizer = network(), small_tokenizer()
+    messages = [{"role": "user", "content": "def <end_of_turn>"}]
+    ids = encode_turns(tokenizer, messages)
+    assert ids.count(tokenizer.token_id("<end_of_turn>")) == 1
+    pieces = stream(model, tokenizer, messages, **greedy)
+    assert pieces.prompt == ids
+    assert "".join(pieces) == generate(model, tokenizer, messages, **greedy)
+    assert [token.id for token in pieces.tokens] == list(generate_ids(model, tokenizer, ids, **greedy))
+
+
 def test_images_are_refused():
     message = {"role": "user", "content": [{"type": "image", "url": "x.png"}]}
-    with pytest.raises(Error, match="takes no images"):
+    with pytest.raises(Error, match="this is a text model"):
         generate(network(), small_tokenizer(), [message])
 
 

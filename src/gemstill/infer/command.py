@@ -33,7 +33,7 @@ def run(config: GenerateConfig) -> None:
     from gemstill.infer.generate import Generation, Limits, prompt_ids
     from gemstill.infer.session import Session
 
-    model, tokenizer = _load(config.source)
+    model, tokenizer = load(config.source)
     limits = Limits(config.max_new_tokens, tuple(config.stop))
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     for number, ids in enumerate(encoded, 1):
@@ -57,7 +57,7 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
     from gemstill.infer.generate import prompt_ids
     from gemstill.model.cache import Cache
 
-    model, tokenizer = _load(config.source)
+    model, tokenizer = load(config.source)
     lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
     flops = 2 * (model.config.body_parameters + model.config.vocab_size * model.config.hidden_size)
     capacity = min(max(lengths) + config.max_new_tokens, model.config.max_position)
@@ -88,10 +88,11 @@ def show(pieces: Generation) -> None:
     sys.stdout.flush()
 
 
-def _load(source: str) -> tuple[Transformer, Tokenizer]:
-    from gemstill.checkpoint.source import load
+def load(source: str) -> tuple[Transformer, Tokenizer]:
+    """Open a model, torch and all."""
+    from gemstill.checkpoint import source as sources
 
-    return load(source)
+    return sources.load(source)
 
 
 def _record(prompt: Prompt, generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from gemstill.infer.sampling import Sampler, Sampling
 from gemstill.infer.session import Session
 from gemstill.model.transformer import Transformer
 from gemstill.text.tokenizer import Tokenizer
+from gemstill.text.turns import encode_turns
 
 Prompt = str | Sequence[Mapping[str, str]]  # text to go on from, or the turns of a conversation
 
@@ -45,7 +46,8 @@ class Generation:
 
     tokens: what was generated so far, a token that ended it excepted, those of a stop string included. ended:
     "" while it goes on, then why it ended: "end" (the model's own), "stop" (a stop string), "length"
-    (max_new_tokens), "context" (the model can look back no further), "cancelled".
+    (max_new_tokens), "context" (the model can look back no further), "cancelled". prefilled: tokens of the
+    prompt that were not in the session's cache already.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Generation:
         self.prompt = list(prompt)
         self.tokens: list[Token] = []
         self.ended = ""
+        self.prefilled = 0
         self._session, self._tokenizer, self._limits = session, tokenizer, limits
         self._sampler = Sampler(sampling, session.model.config.vocab_size)
         self._cancelled = False
@@ -77,6 +80,7 @@ class Generation:
             if logits is None:
                 self.ended = "cancelled"
                 return
+            self.prefilled = self.prefilled or self._session.fed
             token = self._next(logits, banned)
             if token.id in stops:
                 self.ended = "end"
@@ -176,12 +180,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """
     if isinstance(prompt, str):
         return [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    for message in prompt:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            fix = "give each message as {'role': …, 'content': text}; a text model takes no images"
-            raise Error(f"holds a message that is no text: {str(message)[:80]}", where="prompt", fix=fix)
-    from gemstill.text.turns import encode_turns
-
     return encode_turns(tokenizer, prompt)
 
 
@@ -195,6 +193,6 @@ def _allowed(vocab_size: int, tokenizer: Tokenizer) -> Tensor:
     """Which entries may be drawn: [vocab_size] bool; no padding row, no control token but those that end the text."""
     allowed = torch.zeros(vocab_size, dtype=torch.bool)
     allowed[: tokenizer.vocab_size] = True
-    allowed[sorted(tokenizer.control_ids)] = False
+    allowed[[number for number in tokenizer.control_ids if number < vocab_size]] = False
     allowed[sorted(stop_ids(tokenizer))] = True
     return allowed
