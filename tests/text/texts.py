@@ -49,3 +49,16 @@ spelled = st.lists(st.sampled_from([*CONTROL, *PARTS]), max_size=20).map("".join
 # control tokens in a text as such.
 comparable = (anything | composed).filter(lambda text: not any(part in text for part in (SPACE, *CONTROL)))
 every = anything | composed | spelled | st.lists(st.sampled_from([SPACE, " ", "a", "\n"]), max_size=12).map("".join)
+
+# What Gemma's vocabulary has symbols for, and what would steer a model, whole and in halves.
+STEERING = ["<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<unused7>", "[@BOS@]"]
+SYMBOLS = ["<b>", "</b>", "<table>", "</table>", "<h1>", "<", "</", "b>", "<start_of", "_turn>", "unused7>"]
+runs = st.tuples(st.sampled_from(" \n\t=-*#a"), st.integers(1, 70)).map(lambda run: run[0] * run[1])
+symbols = st.lists(runs | st.sampled_from([*SYMBOLS, *PARTS]), max_size=16).map("".join)
+steering = st.lists(runs | st.sampled_from([*STEERING, *SYMBOLS, *PARTS]), max_size=16).map("".join)
+hard = (anything | composed | spelled | symbols | steering).filter(lambda text: SPACE not in text)
+
+
+def steers(text: str) -> bool:
+    """Does `text` spell a token that others read as a control token?"""
+    return any(token in text for token in (*STEERING, *CONTROL)) or "<unused" in text

@@ -8,6 +8,7 @@ from typing import Any
 from gemstill.core.errors import Error
 from gemstill.core.files import read_json
 from gemstill.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from gemstill.text.words import SPACE
 
 LONGEST_TEMPLATE = 1 << 20  # bytes
 
@@ -48,7 +49,7 @@ def for_transformers(vocabulary: Vocabulary, chat_template: str | None) -> dict[
         str(number): {
             "content": piece,
             "lstrip": False,
-            "normalized": False,
+            "normalized": not kinds[kind] and SPACE in piece,  # a run of spaces is one once it is spelled so
             "rstrip": False,
             "single_word": False,
             "special": kinds[kind],

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from gemstill.text.words import SPACE, any_of, finest_cut, whole
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 CACHE = 1 << 23  # characters of words whose ids are remembered: text is the same few words again and again
+LITTLE = 1 << 16  # characters
 MOST_SYMBOLS = 10_000  # user-defined ones, each of which is looked for everywhere in a text
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -62,16 +63,12 @@ class Tokenizer:
         self._fast.no_truncation()
         self._fast.encode_special_tokens = True  # the library's way to say: as text
         space = self._bytes_of_space()
-        self._read_our_way = {SPACE: space} if space else {}
-        self._words = _WHOLE
-        self._cuttable = False
-        symbols = self._symbols() if space else {}
+        self._symbols = self._user_defined() if space else {}
         added = self._fast.get_added_tokens_decoder().items()
         self._controls = {token.content: number for number, token in added if token.special}
-        if space:
-            cut = self._finest_cut(symbols)
-            self._cuttable, self._words = cut is not None, cut or whole(symbols)
-        self._read_our_way |= {symbol: [number] for symbol, number in symbols.items()}
+        self._rest = whole(self._symbols) if space else _WHOLE
+        self._read_our_way = {SPACE: space} if space else {}
+        self._read_our_way |= {symbol: [number] for symbol, number in self._symbols.items()}
         self._known: dict[str, list[int]] = self._read_our_way.copy()
         self._cached = 0  # characters in `_known`
 
@@ -183,15 +180,25 @@ class Tokenizer:
         """The ids of each text, as `encode` gives them, several times as fast as one by one."""
         if special:
             return [self._encode_controls(text) for text in texts]
-        words = [self._words.findall(text if text.isascii() else valid_text(text)) for text in texts]
-        if self._cached > CACHE or not self._cuttable:
+        cut = None
+        if "_cut" in self.__dict__ or sum(map(len, texts)) > LITTLE:  # to find it takes as long as to encode a little
+            cut = self._cut
+        find = (cut or self._rest).findall
+        words = [find(text if text.isascii() else valid_text(text)) for text in texts]
+        if self._cached > CACHE or cut is None:
             self._known, self._cached = self._read_our_way.copy(), 0
         known = self._known  # ours to the end, should another thread begin a new one
         new = list(set(itertools.chain.from_iterable(words)).difference(known))
-        for word, encoding in zip(new, self._fast.encode_batch_fast(new, add_special_tokens=False), strict=True):
-            known[word] = encoding.ids
+        known.update(zip(new, self._merged(new), strict=True))
         self._cached += sum(map(len, new))
         return [list(itertools.chain.from_iterable(map(known.__getitem__, row))) for row in words]
+
+    def _merged(self, words: list[str]) -> Iterator[list[int]]:
+        """The ids of words without symbols in them."""
+        if not self._plain_merging:
+            return (encoding.ids for encoding in self._fast.encode_batch_fast(words, add_special_tokens=False))
+        merge = self._fast.model.tokenize  # of the library's whole way the one step that does anything to a word
+        return ([token.id for token in merge(word.replace(" ", SPACE))] for word in words)
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """The text of `ids`; special: spell out control tokens, or leave them away. Broken UTF-8 gives U+FFFD."""
@@ -241,7 +248,7 @@ class Tokenizer:
         plain = self._fast.encode(SPACE, add_special_tokens=False).ids
         return [] if self._fast.decode(plain) == SPACE or None in ids else [id for id in ids if id is not None]
 
-    def _symbols(self) -> dict[str, int]:
+    def _user_defined(self) -> dict[str, int]:
         """What is cut out of a text before merging, as it is typed; of the rest of the added tokens the library is
         told that they are control tokens."""
         added = self._fast.get_added_tokens_decoder()
@@ -255,18 +262,23 @@ class Tokenizer:
             raise Error(f"has {len(defined)} user-defined symbols, {MOST_SYMBOLS} at most are read", where=self.source)
         return {symbol.replace(SPACE, " "): number for symbol, number in defined.items()}
 
-    def _finest_cut(self, symbols: Mapping[str, int]) -> re.Pattern[str] | None:
-        """The finest way to cut a text that leaves its ids as they are, None where there is none we know."""
+    @cached_property
+    def _plain_merging(self) -> bool:
+        """Is all that happens to a text that its spaces are spelled U+2581 and its pieces merged?"""
         model, normalizer, pre = self._fast.model, self._fast.normalizer, self._fast.pre_tokenizer
-        if not isinstance(model, models.BPE) or model.dropout or model.ignore_merges:
-            return None
+        if not isinstance(model, models.BPE) or model.dropout or model.ignore_merges or not self._read_our_way:
+            return False
         if normalizer is None or normalizer.normalize_str("a  b\n c") != f"a{SPACE * 2}b\n{SPACE}c":
+            return False
+        return pre is None or json.loads(pre.__getstate__()).get("pattern") == {"String": " "}
+
+    @cached_property
+    def _cut(self) -> re.Pattern[str] | None:
+        """The finest way to cut a text that leaves its ids as they are, None where there is none we know."""
+        if not self._plain_merging:
             return None
-        if pre is not None and json.loads(pre.__getstate__()).get("pattern") != {"String": " "}:
-            return None
-        tokens = self._fast.get_vocab(with_added_tokens=True)
-        apart = {*self._controls, *BYTES, *(symbol.replace(" ", SPACE) for symbol in symbols)}
-        return finest_cut([piece for piece in tokens if piece not in apart], symbols)
+        apart = {*self._controls, *BYTES, *(symbol.replace(" ", SPACE) for symbol in self._symbols)}
+        return finest_cut(self._fast.get_vocab(with_added_tokens=True).keys() - apart, self._symbols)
 
 
 def _parsed(data: bytes, source: Path) -> tokenizers.Tokenizer:

@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tokenizers
@@ -257,23 +257,22 @@ def from_fast(fast: tokenizers.Tokenizer, ids: Sequence[int], *, where: object) 
             place = numbers["<0x00>"] + byte
             if name not in numbers and place < len(pieces) and pieces[place] == chr(byte):
                 pieces[place], types[place] = name, BYTE
-    made = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    joint = list(dict.fromkeys(map("".join, made)))
-    rank = {piece: place for place, piece in enumerate(joint)}
-    normal = [number for number, kind in enumerate(types) if kind == NORMAL]
+    vocabulary = Vocabulary(pieces, [0.0] * len(pieces), types, *ids)
+    normal = [number for number, kind in enumerate(vocabulary.types) if kind == NORMAL]
+    names = {pieces[number] for number in normal}
+    theirs = [(left, right) for left, right in model["merges"] if {left, right, left + right} <= names]
+    joint = list(map("".join, theirs))
+    rank = {piece: place for place, piece in enumerate(dict.fromkeys(joint))}
     by_rank = sorted(normal, key=lambda number: (rank.get(pieces[number], len(rank)), number))
-    ranked = [number for number in normal if pieces[number] in rank]
-    if ranked == by_rank[: len(ranked)]:
+    if by_rank[: len(rank)] == [number for number in normal if pieces[number] in rank]:
         by_rank = normal  # as published: pieces stand in the order of their scores, the single characters too
-    scores = [0.0] * len(pieces)
+    scores = list(vocabulary.scores)
     for place, number in enumerate(by_rank):
         scores[number] = -float(place)
-    vocabulary = Vocabulary(pieces, scores, types, *ids)
+    vocabulary = replace(vocabulary, scores=scores)
     ours = vocabulary.merges()
-    whole = {piece for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == NORMAL}
-    theirs = [pair for pair in made if pair[0] in whole and pair[1] in whole and "".join(pair) in whole]
     # Which of two pairs with the same joint piece comes first says nothing.
-    if sorted(ours) != sorted(theirs) or list(map("".join, ours)) != list(map("".join, theirs)):
+    if set(ours) != set(theirs) or list(map("".join, ours)) != joint:
         raise Error("its merges are not those of a SentencePiece model", where=where, fix=fix)
     return vocabulary
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 SPACE = "▁"  # U+2581, how SentencePiece spells a space inside its pieces
 _LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 _OTHERS = frozenset(map(chr, range(128))) - _LETTERS - {" "}
+_ROUNDS = 8
 
 
 def any_of(symbols: Iterable[str]) -> str:
@@ -33,23 +34,28 @@ def finest_cut(pieces: Collection[str], symbols: Collection[str]) -> re.Pattern[
     symbols: what is cut out of a text before anything is merged, as it is typed.
     """
     others = _OTHERS
-    for _ in range(2):
+    for _ in range(_ROUNDS):
         other = _set(others)
         letter = f"[^ {SPACE}{other[1:]}"
         mixed = _unlike(pieces, f"{SPACE}+|{SPACE}?{letter}+|{SPACE}?{other}+")
         if not mixed:
             letters = _run(symbols, without=others | {" ", SPACE})
             return _words(symbols, [letters, _run(symbols, of=others)])
-        # “Typographic” punctuation counts as letters until a piece joins it to a comma.
-        others |= {character for piece in mixed for character in piece if character > "\x7f"} - {SPACE}
+        # Beyond ASCII all are letters until a piece joins one to a comma.
+        more = {character for piece in mixed for character in piece if character > "\x7f"} - others - {SPACE}
+        if not more:
+            break
+        others |= more
     if not _unlike(pieces, f"{SPACE}+|{SPACE}?[^{SPACE}]+"):
         return _words(symbols, [_run(symbols, without=f" {SPACE}")])
     return None
 
 
-def _unlike(pieces: Iterable[str], shape: str) -> list[str]:
+def _unlike(pieces: Collection[str], shape: str) -> list[str]:
+    """Those that are not of that shape, without what no merge makes: <unused99> is only its own spelling."""
     alike = re.compile(shape).fullmatch
-    return [piece for piece in pieces if not alike(piece)]
+    unlike = [piece for piece in pieces if not alike(piece)]
+    return [p for p in unlike if any(p[:cut] in pieces and p[cut:] in pieces for cut in range(1, len(p)))]
 
 
 def _words(symbols: Collection[str], bodies: list[str]) -> re.Pattern[str]:
