@@ -1,4 +1,4 @@
-"""GGUF files in and out: bit-exact round trips, the package `gguf` agrees, what cannot work is refused with the reason."""
+"""GGUF files in and out: round trips bit by bit, the package `gguf` agrees, what cannot work is refused, and why."""
 
 from __future__ import annotations
 
