@@ -89,7 +89,10 @@ def name_of(source: str | Path) -> str:
     path = Path(source).expanduser()
     if look(source).kind == "hub":
         return str(source)
-    return path.resolve().name if path.is_dir() else path.stem
+    if not path.is_dir():
+        return path.stem
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name  # a run's model is called as the run
 
 
 def save(

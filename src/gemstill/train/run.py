@@ -83,7 +83,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         weights = whole(loop.model)
         summary: dict[str, Any] | None = None
         if here.rank == 0:
-            summary = _finish(folder, loop, shape, weights, data)
+            summary = _finish(folder, config, loop, shape, weights, data)
         result: dict[str, Any] = here.share(summary)
         return result
 
@@ -246,14 +246,14 @@ def _model(config: TrainConfig, shape: ModelConfig) -> Transformer:
 
 
 def _finish(
-    folder: Path, loop: Loop, shape: ModelConfig, weights: dict[str, torch.Tensor], data: _Data
+    folder: Path, config: TrainConfig, loop: Loop, shape: ModelConfig, weights: dict[str, torch.Tensor], data: _Data
 ) -> dict[str, Any]:
     from gemstill.checkpoint.source import save
+    from gemstill.train.card import model_card
 
     with torch.device("meta"):
         model = Transformer(shape)
     model.load_state_dict(weights, assign=True)
-    save(model, data.tokenizer, folder / "model")
     unit = 1 if sys.platform == "darwin" else 1024
     summary = {
         "parameters": shape.body_parameters + shape.embedding_parameters,
@@ -266,9 +266,20 @@ def _finish(
         "seconds": loop.seconds,
         "tokens_per_second": loop.tokens / loop.seconds if loop.seconds else 0.0,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "precision": loop.config.precision,
-        "compiled": loop.config.compile == "on",
+        "precision": config.precision,
+        "compiled": config.compile == "on",
         "ranks": loop.here.world,
     }
+    card = model_card(config, shape, summary, [store.info for store in data.stores], _start(config))
+    save(model, data.tokenizer, folder / "model", card=card)
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _start(config: TrainConfig) -> tuple[str, str] | None:
+    """Name and licence of the model that training starts from."""
+    if not config.model.start:
+        return None
+    from gemstill.checkpoint import sidecars, source
+
+    return source.name_of(config.model.start), sidecars.licence(source.find(config.model.start))
