@@ -93,7 +93,6 @@ def test_parts_of_the_families_around_are_taken():
     check_parts(fast, "here")
 
 
-@pytest.mark.xfail(reason="the call is not in `Tokenizer` yet", strict=True)
 @pytest.mark.parametrize("part", [split("(a+)+$"), {"type": "Sequence", "pretokenizers": [{"type": "Digits"}] * 17}])
 def test_opening_a_tokenizer_checks_it(part, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(changed(pre_tokenizer=part))

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, models
 from gemstill.core import files
 from gemstill.core.errors import Error
 from gemstill.text import settings
+from gemstill.text.pipeline import check_file, check_parts
 from gemstill.text.vocabulary import BYTES, LARGEST, Vocabulary, from_fast, steers, whitespace_runs
 from gemstill.text.words import SPACE, any_of, finest_cut, whole
 
@@ -282,10 +283,13 @@ class Tokenizer:
 
 
 def _parsed(data: bytes, source: Path) -> tokenizers.Tokenizer:
+    check_file(data, source)
     try:
-        return tokenizers.Tokenizer.from_str(data.decode())
+        fast = tokenizers.Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises bare Exceptions
         raise Error(f"is not a tokenizer.json ({error})", where=source) from error
+    check_parts(fast, source)
+    return fast
 
 
 def _built(vocabulary: Vocabulary, source: Path) -> tokenizers.Tokenizer:
