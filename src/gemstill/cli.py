@@ -81,6 +81,13 @@ COMMANDS = {
         made="target",
         resumes=False,
     ),
+    "inspect": Command(
+        "say what is in a model, a store, a data set or a run",
+        "report.inspect",
+        "report.inspect:InspectConfig",
+        places=("source",),
+        resumes=False,
+    ),
     "report": Command(
         "make a run's report, one HTML file",
         "report.run",
@@ -237,7 +244,7 @@ def _figure(key: str, value: Any) -> str:
     words = key.split()
     if "bytes" in words and "per" not in words:
         size, unit = float(value), 0
-        while size >= 1024 and unit < 4:
+        while size >= 1000 and unit < 4:
             size, unit = size / 1024, unit + 1
         return f"{size:.3g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}" if unit else f"{value} bytes"
     if "seconds" in words:

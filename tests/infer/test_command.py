@@ -156,7 +156,13 @@ def test_wrong_input_is_answered_in_one_line(folder: Path, tmp_path: Path, capsy
         assert (shown.out, shown.err.count("\n")) == ("", 1)
 
 
-@pytest.mark.parametrize("words", [["generate", "nothing"], ["generate", "--help"], ["generate", "m", "--top-p", "2"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "nothing"], ["generate", "--help"], ["generate", "m", "--top-p", "2"], ["chat", "nothing"],
+        ["chat", "--help"], ["inspect", "nothing"], ["inspect", "--help"],
+    ],
+)  # fmt: skip
 def test_wrong_input_and_help_need_no_torch(words: list[str]) -> None:
     code = f"import sys; from gemstill.cli import main\ntry: main({words})\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -100,6 +100,11 @@ def load_gguf(
     return model, tokenizer
 
 
+def read_tokenizer(file: GgufFile) -> Tokenizer:
+    """The tokenizer alone. Raises Error where the file has none of Gemma's kind."""
+    return _tokenizer(file, _check_kind(file))
+
+
 def _is_norm(name: str) -> bool:
     return name.endswith("norm.weight")
 

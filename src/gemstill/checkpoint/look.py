@@ -6,10 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemstill.checkpoint.hf_config import from_hf
+from gemstill.checkpoint.hf_config import read_config
 from gemstill.core.config import nearest
 from gemstill.core.errors import Error
-from gemstill.core.files import read_json
 
 GGUF_MAGIC, ZIP_MAGIC, PICKLE_MAGIC = b"GGUF", b"PK\x03\x04", b"\x80"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -88,8 +87,12 @@ def expect_model(source: str | Path) -> Found:
             fix = f"its model is {found.path / 'model'}"
         raise Error(f"holds {NAMES[found.kind]}, not a model", where=source, fix=fix)
     if found.kind == "folder":
-        path = found.path / "config.json"
-        from_hf(read_json(path), path)
+        read_config(found.path)
+    if found.kind == "gguf" and not (name := _architecture(found.path)).startswith("gemma"):
+        from gemstill.checkpoint.gguf_config import ARCHITECTURES
+
+        fix = f"only {' and '.join(ARCHITECTURES)} can be opened"
+        raise Error(f"holds a model of architecture {name!r:.60}", where=source, fix=fix)
     return found
 
 
@@ -97,6 +100,18 @@ def refuse_state(path: Path) -> Error:
     """The Error for a training state, which nothing but its own run may open."""
     fix = "name the run's folder, or the model/ in it"
     return Error("is a training state, which is read by pickle and so by its own run alone", where=path, fix=fix)
+
+
+def _architecture(path: Path) -> str:
+    """The architecture of a GGUF file if that is its first field, as most writers have it, else "gemma"."""
+    key = b"general.architecture"
+    with path.open("rb") as handle:
+        head = handle.read(256)
+    start = 24 + 8 + len(key)  # magic, version, counts; the key's length; the key
+    if head[32:start] != key or head[start : start + 4] != b"\x08\0\0\0":  # a text
+        return "gemma"
+    size = int.from_bytes(head[start + 4 : start + 12], "little")
+    return head[start + 12 : start + 12 + size].decode(errors="replace") if size < 128 else "gemma"
 
 
 def _folder(path: Path) -> str:

@@ -31,8 +31,8 @@ class Weights:
     shapes: name -> shape. types: name -> the format's name of the type, for example BF16.
     """
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        """Open `model.safetensors`, or the files that its index names.
+    def __init__(self, folder: Path, device: torch.device | str | None = "cpu") -> None:
+        """Open `model.safetensors`, or the files that its index names. device: None to describe, not to read.
 
         Raises:
             Error: neither is there, one cannot be read, an index that names files outside of the folder, a
@@ -44,7 +44,7 @@ class Weights:
         self._files: dict[str, tuple[Path, Any]] = {}
         places = _places(folder)
         for path in _files(folder, places):
-            handle = _open(path, torch.device(device))
+            handle = _open(path, device)
             names = list(handle.keys())
             if twice := sorted(self._files.keys() & set(names)):
                 raise Error(f"holds tensors that another file holds too: {listed(twice)}", where=path, fix=AGAIN)
@@ -107,7 +107,7 @@ def _what_else(folder: Path) -> str:
     return "name the folder of a checkpoint"
 
 
-def _open(path: Path, device: torch.device) -> Any:
+def _open(path: Path, device: torch.device | str | None) -> Any:
     """Open one file, its header bounded first: the library reads headers of 100 MB, which take many times that."""
     try:
         if not path.is_file():
@@ -116,10 +116,16 @@ def _open(path: Path, device: torch.device) -> Any:
             length = int.from_bytes(handle.read(8), "little")
         if length > _MOST_HEADER:
             raise Error(f"cannot be read as safetensors (a header of {length:,} bytes)", where=path, fix=AGAIN)
-        opened: Any = safe_open(path, framework="pt", device=str(device))
+        # torch's mapping may be written to, so that the system sets memory aside for all of it; numpy's may not.
+        plain = {"framework": "np"} if device is None else {"framework": "pt", "device": str(device)}
+        opened: Any = safe_open(path, **plain)
         return opened
     except (OSError, SafetensorError) as error:
         raise Error(f"cannot be read as safetensors ({error})", where=path, fix=AGAIN) from error
+    except RuntimeError as error:  # torch's own, when the system has no room to map it
+        raise Error(
+            f"cannot be mapped ({error})", where=path, fix="free some memory, or export smaller files"
+        ) from error
 
 
 def shards(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, most: int) -> list[dict[str, Tensor]]:
