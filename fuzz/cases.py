@@ -28,6 +28,7 @@ KINDS: dict[str, Sequence[Mutator]] = {
 UNCHANGEABLE = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError,
 )  # fmt: skip
+TEMPLATES = 0.05  # share of the cases that are templates: they may take all of the time they are allowed
 SHARDS = (
     "../outside.safetensors",
     "/etc/passwd",
@@ -61,13 +62,15 @@ def case(seeds: Sequence[Seed], seed: int, number: int) -> Case:
 def mutate(rng: Random, start: Seed, number: int = 0) -> Case:
     """`start` with one part of it changed, or its folder."""
     files, told = dict(start.files), []
-    parts = [name for name in files if kind(name)] + (["folder", "template"] if len(files) > 1 else [])
-    part = rng.choice(parts)
+    parts = [name for name in files if kind(name)]
+    part = rng.choice([*parts, "folder"] if len(files) > 1 else parts)
+    if rng.random() < TEMPLATES:
+        part = "template"
     for turn in range(rng.choice((1, 1, 1, 2, 3))):
         if part == "folder":
             told.append(_folder(rng, files))
         elif part == "template":
-            told.append(_template(rng, files))
+            told.append(_template(rng, files, start.source))
         elif part in files:
             mutators = raw.MUTATORS if rng.random() < 0.2 else KINDS[kind(part)]
             if part == INDEX and rng.random() < 0.4:
@@ -98,8 +101,11 @@ def shard_names(rng: Random, data: bytes) -> bytes:
     return json.dumps(index).encode()
 
 
-def _template(rng: Random, files: Files) -> str:
-    """The chat template is hostile, in the settings or in a file of its own."""
+def _template(rng: Random, files: Files, source: str) -> str:
+    """The chat template is hostile, in the GGUF file, in the settings or in a file of its own."""
+    if source.endswith(".gguf"):
+        files[source] = gguf_file.template(rng, files[source])
+        return "template"
     text = templates.hostile(rng)
     if rng.random() < 0.3:
         files["chat_template.jinja"] = text.encode(errors="surrogatepass")

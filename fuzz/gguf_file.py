@@ -227,8 +227,9 @@ def _tensor_away(rng: Random, parts: Container) -> None:
         parts.tensors += [(b"blk.%d.x" % n, [0], 0, len(parts.body)) for n in range(20_000)]
 
 
+template = _parts(_template)
 MUTATORS = (
     integer, integer, integer, _parts(_field), _parts(_field), _parts(_array), _parts(_field_twice),
-    _parts(_field_away), _parts(_alignment), _parts(_template), _parts(_tensor), _parts(_tensor), _parts(_tensor_twice),
+    _parts(_field_away), _parts(_alignment), _parts(_tensor), _parts(_tensor), _parts(_tensor_twice),
     _parts(_tensor_away),
 )  # fmt: skip

@@ -81,6 +81,9 @@ class Runner:
     def _run(self, seed: Seed, save: bool) -> Verdict:
         if self.worker is None:
             self._start()
+            if self.starts == 1:  # it has filled the cache, by a compiler with a memory of its own
+                self.close()
+                self._start()
         folder, out = self.root / "case" / "model", self.root / "out" / "saved"
         shutil.rmtree(folder.parent, ignore_errors=True)
         write(seed.files, folder)
