@@ -93,7 +93,10 @@ def test_parts_of_the_families_around_are_taken():
     check_parts(fast, "here")
 
 
-@pytest.mark.parametrize("part", [split("(a+)+$"), {"type": "Sequence", "pretokenizers": [{"type": "Digits"}] * 17}])
+@pytest.mark.parametrize(
+    "part",
+    [split("(a+)+$"), {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}] * 17}],
+)
 def test_opening_a_tokenizer_checks_it(part, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(changed(pre_tokenizer=part))
     with pytest.raises(Error, match=r"tokenizer\.json: .*(pattern|parts)"):

@@ -22,7 +22,7 @@ from typing import Any
 from gemstill.core import files
 from gemstill.core.errors import Error
 
-_CHILD = Path(__file__).with_name("render.py")
+_SCRIPT = Path(__file__).with_name("render.py")
 _SECONDS = 9  # by the clock; the child ends itself before
 _VERSION = 1  # of the cached verdicts
 # Around each mark stands white space, which a template that trims what is said takes away.
@@ -80,26 +80,30 @@ def layouts(template: str, cases: Sequence[Case], tokens: tuple[tuple[str, str],
     Raises:
         Error: it takes too much time or memory.
     """
-    request = {"template": template, "cases": [_variables(case, tokens) for case in cases]}
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
-    what = "its chat template takes too much time or memory"
+    request = json.dumps({"template": template, "cases": [_variables(case, tokens) for case in cases]})
     try:
-        # A session of its own: Ctrl-C reaches us alone, and `run` then ends the child.
-        done = subprocess.run(
-            [sys.executable, "-P", "-X", "utf8", str(_CHILD)],
-            input=json.dumps(request).encode(),
-            capture_output=True,
-            timeout=_SECONDS,
-            env=kept,
-            start_new_session=True,
-            check=False,
-        )
-        answers = json.loads(done.stdout) if done.returncode == 0 else None
+        answers = json.loads(_child(request.encode()))
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise Error(what) from error
-    if answers is None:
-        raise Error(what)
+        raise Error("its chat template takes too much time or memory") from error
     return [_split(answer["text"]) if "text" in answer else _line(answer["error"]) for answer in answers]
+
+
+def _child(request: bytes) -> bytes:
+    """What the child process answers: nothing where it died of its limits. It is gone when this returns or raises."""
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+    with subprocess.Popen(
+        [sys.executable, "-P", "-X", "utf8", str(_SCRIPT)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=kept,
+        start_new_session=True,  # Ctrl-C reaches us alone
+    ) as process:
+        try:
+            return process.communicate(request, timeout=_SECONDS)[0]
+        finally:
+            process.kill()
+            process.wait()
 
 
 def joined(layout: Layout) -> Layout:
