@@ -78,7 +78,6 @@ COMMANDS = {
         "checkpoint.export",
         "checkpoint.export:ExportConfig",
         places=("source", "target"),
-        made="target",
         resumes=False,
     ),
     "inspect": Command(
