@@ -1,7 +1,7 @@
 """How fast do quantized blocks become weights?
 
 `gemstill.ops.blocks.dequantize` against `gguf.quants.dequantize` (numpy) on the same blocks, to float32,
-as many as a matrix of Gemma 2 2B has; memory for the result is new each time, as each of them takes it.
+as many as the query projection of Gemma 2 2B has; memory for the result is new each time, as each of them takes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from common import alternate, arguments, compare, finish, seconds
 from gemstill.ops.blocks import BLOCKS, dequantize, quantize
 
-WIDTH, ROWS = 2304, 9216
+WIDTH, ROWS = 2304, 2048
 SCALES = {"Q8_0": [0], "Q4_0": [0], "Q5_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "F16": [], "BF16": []}
 BAR = 3.0  # not for F16 and BF16, where both only copy
 

@@ -6,10 +6,11 @@ package `gguf` (gguf.quants), in both directions, for finite weights and scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,13 +29,14 @@ class Block(NamedTuple):
     bytes: int
 
 
-def _each(byte: int) -> int:
-    """The int64 whose eight bytes are all `byte`."""
-    word = byte * 0x0101010101010101
-    return word - (1 << 64) if word >> 63 else word
+def _each(byte: int) -> np.uint64:
+    """The word whose eight bytes are all `byte`."""
+    return np.uint64(byte * 0x0101010101010101)
 
 
-_DIAGONAL = 0x8040201008040201 - (1 << 64)  # bit k of byte k
+_DIAGONAL = np.uint64(0x8040201008040201)  # bit k of byte k
+# Between the bytes and the floats numpy does the work: of short operations torch's are several times as dear.
+Words = npt.NDArray[np.uint64]
 
 
 def _float(blocks: Tensor, at: int) -> Tensor:
@@ -42,38 +44,40 @@ def _float(blocks: Tensor, at: int) -> Tensor:
     return blocks[:, at : at + 2].view(torch.float16).float()
 
 
-def _words(blocks: Tensor, at: int, size: int) -> Tensor:
-    """Bytes at … at + size - 1 of each block, one block after the other, as words: eight bytes an operation."""
+def _items(blocks: Tensor, at: int, size: int) -> npt.NDArray[Any]:
+    """Bytes at … at + size - 1 of each block, one block after the other, copied as items of that size."""
     n, width = blocks.shape
-    # A void item is copied in one piece; torch would copy byte by byte, several times as slowly.
-    items = np.ndarray((n,), f"V{size}", blocks.numpy(), at, (width,))
-    return torch.from_numpy(items.copy().view(np.int64))
+    return np.ndarray((n,), f"V{size}", blocks.numpy(), at, (width,)).copy()
 
 
-def _interleave(columns: Sequence[Tensor], size: int) -> Tensor:
-    """`size` bytes from each of several columns of words in turn, as one column."""
-    count = columns[0].numel() * columns[0].itemsize // size
-    items = np.empty((count, len(columns)), f"V{size}")
+def _words(blocks: Tensor, at: int, size: int) -> Words:
+    """The same as words: eight bytes an operation."""
+    return _items(blocks, at, size).view(np.uint64)
+
+
+def _interleave(columns: Sequence[Words], size: int) -> Words:
+    """`size` bytes from each of several columns in turn, as one column."""
+    items = np.empty((columns[0].nbytes // size, len(columns)), f"V{size}")
     for number, column in enumerate(columns):
-        items[:, number] = column.numpy().view(items.dtype)
-    return torch.from_numpy(items.view(np.int64).reshape(-1))
+        items[:, number] = column.view(items.dtype)
+    return items.view(np.uint64).reshape(-1)
 
 
-def _nibbles(words: Tensor, size: int) -> Tensor:
-    """The low halves of `size` bytes, then their high halves, and so on: as bytes, in words."""
-    return _interleave(_shifted(words, (0, -4), 0x0F), size)
+def _moved(words: Words, right: int, kept: int) -> Words:
+    """The words shifted to the right by so many bits (below 0: to the left); of each byte the bits `kept`."""
+    moved = words >> np.uint64(right) if right > 0 else words << np.uint64(-right)
+    moved &= _each(kept)
+    return moved
 
 
-def _shifted(words: Tensor, left: Iterable[int], kept: int) -> list[Tensor]:
-    """The words shifted by so many bits, to the left or (below 0) to the right; of each byte the bits `kept`."""
-    mask = _each(kept)
-    moved = [words << by if by > 0 else words >> -by if by < 0 else words.clone() for by in left]
-    return [word.bitwise_and_(mask) for word in moved]
+def _nibbles(words: Words, size: int) -> Words:
+    """The low halves of `size` bytes, then their high halves, and so on, as bytes."""
+    return _interleave([words & _each(0x0F), _moved(words, 4, 0x0F)], size)
 
 
-def _put(words: Tensor, out: Tensor, offset: int) -> None:
+def _put(words: Words, out: Tensor, offset: int) -> None:
     """Bytes, less `offset`, as floats."""
-    numbers = words.view(torch.int8)
+    numbers = torch.from_numpy(words.view(np.int8))
     out.view(-1).copy_(numbers.sub_(offset) if offset else numbers)
 
 
@@ -90,20 +94,25 @@ def _q4_0(blocks: Tensor, out: Tensor) -> None:
 
 def _q5_0(blocks: Tensor, out: Tensor) -> None:
     """float16 d; the fifth bits of 32 q; their nibbles, the low ones first: d·(q - 16)."""
-    fifth = blocks[:, 2:6].to(torch.int64).view(-1) * _each(1)
+    fifth = _items(blocks, 2, 4).view(np.uint8) * _each(1)
     # Byte k of a word now holds the same eight bits; of these it keeps number k, moved to where a fifth bit belongs.
-    fifth = (((fifth & _DIAGONAL) + _each(0x7F)) >> 3) & _each(0x10)
-    _put(_nibbles(_words(blocks, 6, 16), 16).bitwise_or_(fifth), out, 16)
+    fifth &= _DIAGONAL
+    fifth += _each(0x7F)
+    fifth >>= np.uint64(3)
+    fifth &= _each(0x10)
+    _put(_nibbles(_words(blocks, 6, 16), 16) | fifth, out, 16)
     out.mul_(_float(blocks, 0))
 
 
 def _affine(blocks: Tensor, out: Tensor) -> None:
     """Times scale, less minimum, for each of the eight parts of a Q4_K or Q5_K block: 6 bits each in 12 bytes."""
-    _, low, high, both = _words(blocks, 0, 16).view(torch.int32).view(-1, 4).T.contiguous()  # four parts in a word
-    scale = torch.stack([low & 0x3F3F3F3F, (both & 0x0F0F0F0F) | ((low >> 2) & 0x30303030)], 1)
-    least = torch.stack([high & 0x3F3F3F3F, ((both >> 4) & 0x0F0F0F0F) | ((high >> 2) & 0x30303030)], 1)
-    scale, least = scale.view(torch.uint8) * _float(blocks, 0), least.view(torch.uint8) * _float(blocks, 2)
-    out.view(-1, 8, 32).mul_(scale[..., None]).sub_(least[..., None])
+    # Four parts in a word of 32 bits.
+    _, low, high, both = np.ascontiguousarray(_items(blocks, 0, 16).view(np.uint32).reshape(-1, 4).T)
+    six, four, two = (np.uint32(byte * 0x01010101) for byte in (0x3F, 0x0F, 0x30))
+    scale = np.stack([low & six, (both & four) | ((low >> 2) & two)], 1).view(np.uint8)
+    least = np.stack([high & six, ((both >> 4) & four) | ((high >> 2) & two)], 1).view(np.uint8)
+    scales, minima = torch.from_numpy(scale) * _float(blocks, 0), torch.from_numpy(least) * _float(blocks, 2)
+    out.view(-1, 8, 32).mul_(scales[..., None]).sub_(minima[..., None])
 
 
 def _q4_k(blocks: Tensor, out: Tensor) -> None:
@@ -114,15 +123,19 @@ def _q4_k(blocks: Tensor, out: Tensor) -> None:
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
     """As Q4_K, with the fifth bit of weight i of part p being bit p of byte i of 32 bytes before the nibbles."""
-    fifth = _interleave(_shifted(_words(blocks, 16, 32), range(4, -4, -1), 0x10), 32)
-    _put(_nibbles(_words(blocks, 48, 128), 32).bitwise_or_(fifth), out, 0)
+    bits = _words(blocks, 16, 32)
+    fifth = _interleave([_moved(bits, part - 4, 0x10) for part in range(8)], 32)
+    fifth |= _nibbles(_words(blocks, 48, 128), 32)
+    _put(fifth, out, 0)
     _affine(blocks, out)
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
     """Nibbles and pairs of upper bits of 256 q; 16 int8 s; float16 d: d·s·(q - 32), s for 16 weights each."""
-    upper = _interleave(_shifted(_words(blocks, 128, 64), range(4, -4, -2), 0x30), 32)
-    _put(_nibbles(_words(blocks, 0, 128), 64).bitwise_or_(upper), out, 32)
+    pairs = _words(blocks, 128, 64)
+    upper = _interleave([_moved(pairs, part - 4, 0x30) for part in range(0, 8, 2)], 32)
+    upper |= _nibbles(_words(blocks, 0, 128), 64)
+    _put(upper, out, 32)
     scale = blocks[:, 192:208].view(torch.int8) * _float(blocks, 208)
     out.view(-1, 16, 16).mul_(scale[..., None])
 
@@ -142,7 +155,7 @@ BLOCKS: dict[str, Block] = {
 
 
 def dequantize(data: Tensor, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights [..., w] in `dtype` of bytes [..., b] uint8 in format `name`; b is a whole number of blocks.
+    """The weights [..., w] in `dtype` of bytes [..., b] uint8, on the CPU, in format `name`; b is whole blocks.
 
     Formats without blocks that are `dtype` already come back as a view of `data`. Sums and products are
     float32, rounded once to `dtype`.
