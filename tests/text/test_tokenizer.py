@@ -168,6 +168,7 @@ def test_other_peoples_tokenizers_open_with_their_ids(tmp_path: Path) -> None:
     [
         ("a", f"{SPACE}a", "a a a", False),  # over a space: whole texts
         (".", "a", "a.a .a", True),  # punctuation and letter: words of both
+        (")", f"{SPACE}(", "a) (b) (( ) (", True),  # over a space, from punctuation to punctuation
         ("l", "o", "hello lo", True),  # as SentencePiece makes them
     ],
 )

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 SPACE = "▁"  # U+2581, how SentencePiece spells a space inside its pieces
 _LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 _OTHERS = frozenset(map(chr, range(128))) - _LETTERS - {" "}
-_ROUNDS = 8
+_ROUNDS, _BRIDGES = 8, 16
 
 
 def any_of(symbols: Iterable[str]) -> str:
@@ -38,9 +38,11 @@ def finest_cut(pieces: Collection[str], symbols: Collection[str]) -> re.Pattern[
         other = _set(others)
         letter = f"[^ {SPACE}{other[1:]}"
         mixed = _unlike(pieces, f"{SPACE}+|{SPACE}?{letter}+|{SPACE}?{other}+")
-        if not mixed:
+        # A few pieces, such as Gemma 3's ">▁</", have a space between two runs of punctuation.
+        bridges = [piece for piece in mixed if re.fullmatch(f"{other}+{SPACE}{other}+", piece)]
+        if len(mixed) == len(bridges) <= _BRIDGES:
             letters = _run(symbols, without=others | {" ", SPACE})
-            return _words(symbols, [letters, _run(symbols, of=others)])
+            return _words(symbols, [letters, _run(symbols, of=others, over=bridges)])
         # Beyond ASCII all are letters until a piece joins one to a comma.
         more = {character for piece in mixed for character in piece if character > "\x7f"} - others - {SPACE}
         if not more:
@@ -68,12 +70,20 @@ def _first(symbols: Collection[str]) -> str:
     return f"{any_of(symbols)}|" if symbols else ""
 
 
-def _run(symbols: Collection[str], *, of: Collection[str] = (), without: Collection[str] = ()) -> str:
-    """Characters of one kind, up to where one of `symbols` begins. of, without: the kind, or all but it."""
+def _run(
+    symbols: Collection[str], *, of: Collection[str] = (), without: Collection[str] = (), over: Collection[str] = ()
+) -> str:
+    """Characters of one kind, up to where one of `symbols` begins. of, without: the kind, or all but it.
+
+    over: pieces with a space inside; where a text has one of them, the space belongs to the run.
+    """
     heads = {symbol[0] for symbol in symbols}
     heads = heads & set(of) if of else heads - set(without)
     rest = _set(set(of) - heads) if of else _set({*without, *heads}, but=True)
-    return f"(?:{rest}+|(?!{any_of(symbols)}){_set(heads)})+" if heads else f"{rest}+"
+    more = [f"(?<={re.escape(left)}) (?={re.escape(right)})" for left, right in (piece.split(SPACE) for piece in over)]
+    if heads:
+        more.append(f"(?!{any_of(symbols)}){_set(heads)}")
+    return f"(?:{'|'.join([f'{rest}+', *more])})+" if more else f"{rest}+"
 
 
 def _set(characters: Iterable[str], *, but: bool = False) -> str:
