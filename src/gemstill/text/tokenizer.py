@@ -70,8 +70,9 @@ class Tokenizer:
         self._rest = whole(self._symbols) if space else _WHOLE
         self._read_our_way = {SPACE: space} if space else {}
         self._read_our_way |= {symbol: [number] for symbol, number in self._symbols.items()}
-        self._known: dict[str, list[int]] = self._read_our_way.copy()
+        self._known: dict[str, list[int]] = {}
         self._cached = 0  # characters in `_known`
+        self.forget()
 
     @staticmethod
     def open(path: str | Path) -> Tokenizer:
@@ -187,12 +188,16 @@ class Tokenizer:
         find = (cut or self._rest).findall
         words = [find(text if text.isascii() else valid_text(text)) for text in texts]
         if self._cached > CACHE or cut is None:
-            self._known, self._cached = self._read_our_way.copy(), 0
+            self.forget()
         known = self._known  # ours to the end, should another thread begin a new one
         new = list(set(itertools.chain.from_iterable(words)).difference(known))
         known.update(zip(new, self._merged(new), strict=True))
         self._cached += sum(map(len, new))
         return [list(itertools.chain.from_iterable(map(known.__getitem__, row))) for row in words]
+
+    def forget(self) -> None:
+        """Let go of the words whose ids are remembered."""
+        self._known, self._cached = self._read_our_way.copy(), 0
 
     def _merged(self, words: list[str]) -> Iterator[list[int]]:
         """The ids of words without symbols in them."""
