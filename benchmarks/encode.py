@@ -23,8 +23,6 @@ from gemstill.text.training import train_tokenizer
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 LEFT_OUT = ["test", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages"]
 CODE = Source(LIBRARY, pattern="**/*.py", exclude=LEFT_OUT)
-    LIBRARY, pattern="**/*.py", exclude=["test", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages"]
-)
 PROSE = LIBRARY / "pydoc_data" / "topics.py"
 VARIABLE, VOCABULARY = "GEMSTILL_GEMMA_TOKENIZER", 4096
 
