@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemstill.checkpoint import gguf as ours
-from gemstill.checkpoint.gguf import EXACT, load_gguf, save_gguf, their_name
+from gemstill.checkpoint.gguf import EXACT, load_gguf, read_gguf_config, save_gguf, their_name
 from gemstill.checkpoint.gguf_file import GgufFile, Out, write_gguf
 from gemstill.checkpoint.huggingface import load_folder, save_folder
 from gemstill.core.errors import Error
@@ -85,6 +85,9 @@ def test_narrow_weights_keep_their_dtype(dtype, tmp_path):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
     assert back.compute_dtype != torch.float16
+    save_gguf(model, small_tokenizer(), tmp_path / "wide.gguf", dtype="f32")
+    again, _ = load_gguf(tmp_path / "wide.gguf", dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
@@ -182,7 +185,7 @@ def test_a_head_of_its_own_and_layers_that_are_all_global(tmp_path):
         model = network(config)
         save_gguf(model, small_tokenizer(), tmp_path / "model.gguf")
         back, _ = load_gguf(tmp_path / "model.gguf")
-        assert back.config == config
+        assert back.config == config == read_gguf_config(tmp_path / "model.gguf")
         with torch.no_grad():
             assert torch.equal(back(text(config)), model(text(config)))
 

@@ -17,6 +17,7 @@ from gemstill.checkpoint.tensors import DTYPES, check_float16, check_names, chec
 from gemstill.core import machine
 from gemstill.core.errors import Error
 from gemstill.core.notices import note
+from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
 from gemstill.ops.blocks import BLOCKS, dequantize, quantize
 from gemstill.text.tokenizer import Tokenizer
@@ -77,13 +78,7 @@ def load_gguf(
     """
     file = GgufFile(path)
     tokenizer_fields = _check_kind(file)
-    embedding = file.tensors.get(EMBEDDING)
-    if embedding is None or len(embedding.shape) != 2:
-        raise Error(f"has no matrix {EMBEDDING}", where=path)
-    config = from_fields(file.fields, embedding.shape, HEAD not in file.tensors, path)
-    if config.num_layers * _PER_LAYER > len(file.tensors):
-        what = f"states {config.num_layers} layers and has {len(file.tensors)} tensors, too few for them"
-        raise Error(what, where=path, fix="fetch the file again")
+    config = _config(file)
     check_float16(config, dtype, path)
     with torch.device("meta"):
         model = Transformer(config)
@@ -91,18 +86,28 @@ def load_gguf(
     tokenizer = _tokenizer(file, tokenizer_fields)
     check_vocabulary(config, tokenizer, path)
     names = {name: their_name(name) for name, _ in model.named_parameters()}
-    state = {ours: _matrix(file, theirs, dtype) for ours, theirs in names.items() if not _is_norm(theirs)}
+    state = {ours: _matrix(file, theirs, dtype).to(device) for ours, theirs in names.items() if not _is_norm(theirs)}
     kinds = {tensor.dtype for tensor in state.values()}
-    state |= {ours: _norm(file, theirs, dtype, kinds) for ours, theirs in names.items() if _is_norm(theirs)}
-    model.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
+    state |= {ours: _norm(file, theirs, dtype, kinds).to(device) for ours, theirs in names.items() if _is_norm(theirs)}
+    model.load_state_dict(state, assign=True)
     if torch.float16 in kinds:  # to store in it is one thing, to compute in it another
         model.compute_dtype = machine.fast_dtype(str(device))
     return model, tokenizer
 
 
-def read_tokenizer(file: GgufFile) -> Tokenizer:
-    """The tokenizer alone. Raises Error where the file has none of Gemma's kind."""
-    return _tokenizer(file, _check_kind(file))
+def read_gguf_config(path: str | Path) -> ModelConfig:
+    """The network that a GGUF file describes, without its weights. Raises Error as `load_gguf` does."""
+    return _config(GgufFile(path))
+
+
+def _config(file: GgufFile) -> ModelConfig:
+    embedding = file.tensors.get(EMBEDDING)
+    shape = embedding.shape if embedding is not None else ()
+    config = from_fields(file.fields, shape, HEAD not in file.tensors, file.path)
+    if config.num_layers * _PER_LAYER > len(file.tensors):
+        what = f"states {config.num_layers} layers and has {len(file.tensors)} tensors, too few for them"
+        raise Error(what, where=file.path, fix="fetch the file again")
+    return config
 
 
 def _is_norm(name: str) -> bool:

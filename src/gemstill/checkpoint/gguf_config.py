@@ -42,9 +42,8 @@ def architecture(config: ModelConfig) -> str:
     return "gemma3" if config.qk_norm else "gemma2"
 
 
-def derived_scalar(config_or_sizes: Mapping[str, Any], kind: str) -> int:
+def derived_scalar(sizes: Mapping[str, Any], kind: str) -> int:
     """The query_pre_attn_scalar that llama.cpp takes: of the 27B models, known by their layers, hidden/heads."""
-    sizes = config_or_sizes
     if sizes["num_layers"] == USUAL[kind]["whole"]:
         return int(sizes["hidden_size"]) // int(sizes["num_heads"])
     return int(sizes["head_dim"])
@@ -105,7 +104,7 @@ def check_runs_alike(config: ModelConfig) -> None:
 
 
 def from_fields(fields: Mapping[str, Any], embedding: tuple[int, ...], tied: bool, where: object) -> ModelConfig:
-    """The network that a file's fields describe. embedding: the shape of its embedding matrix.
+    """The network that a file's fields describe. embedding: the shape of its embedding matrix, () if it has none.
 
     Raises:
         Error: another architecture, a variant that the network does not have, a field missing or of a wrong type.
@@ -114,6 +113,8 @@ def from_fields(fields: Mapping[str, Any], embedding: tuple[int, ...], tied: boo
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         fix = f"only {' and '.join(ARCHITECTURES)} can be opened"
         raise Error(f"holds a model of architecture {kind!r:.60}", where=where, fix=fix)
+    if len(embedding) != 2:
+        raise Error("has no matrix token_embd.weight", where=where)
     usual = USUAL[kind]
     own = {key.removeprefix(f"{kind}."): value for key, value in fields.items() if key.startswith(f"{kind}.")}
     if own.get("rope.scaling.type", "none") != "none" and own.get("rope.scaling.factor", 1.0) != 1.0:
