@@ -73,6 +73,9 @@ def test_the_same_weights_and_logits(config, dtype, tmp_path):
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
     from_folder, _ = load(path.parent)
     assert torch.equal(from_folder.norm.weight, model.norm.weight)
+    (path.parent / "other.ckpt").write_bytes(path.read_bytes())
+    with pytest.raises(Error, match=r"holds several models; name one of them: .*model\.ckpt"):
+        load(path.parent)
 
 
 def test_a_checkpoint_in_several_files(tmp_path):

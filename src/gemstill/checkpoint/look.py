@@ -117,11 +117,12 @@ def _architecture(path: Path) -> str:
 def _folder(path: Path) -> str:
     if any((path / name).exists() for name in (".metadata", "record.json")) or any(path.glob("step-*/.metadata")):
         return "state"
+    pickled = any(path.glob("*.ckpt")) or (path / "pytorch_model.bin.index.json").exists()
+    if pickled and not any(path.glob("*.safetensors")):
+        return "google"  # whatever the config.json that may lie beside them is about
     for name, kind in _FOLDERS:
         if (path / name).exists():
             return kind
-    if any(path.glob("*.ckpt")):
-        return "google"
     if inside := sorted(path.glob("*.gguf")):
         raise Error("is no model, but holds GGUF files", where=path, fix=f"name one of them: {inside[0]}")
     inside = sorted(path.glob("*/config.json"))

@@ -41,7 +41,7 @@ def load(
         from gemstill.checkpoint.gguf import load_gguf
 
         model, tokenizer = load_gguf(path, dtype=dtype, device=device)
-    elif path.is_file() or ((path / INDEX).exists() and not any(path.glob("*.safetensors"))):
+    elif path.is_file() or look(path).kind == "google":
         from gemstill.checkpoint.google import load_google
 
         model, tokenizer = load_google(path, dtype=dtype, device=device)
@@ -67,11 +67,12 @@ def find(source: str | Path) -> Path:
         from gemstill.checkpoint.hub import resolve
 
         return resolve(str(source))
-    # Google's files are offered beside a config.json too.
-    inside = sorted(found.path.glob("*.ckpt")) if found.path.is_dir() else []
-    if len(inside) == 1 and not any(found.path.glob("*.safetensors*")):
-        return inside[0]
-    return found.path
+    if found.kind != "google" or not found.path.is_dir() or (found.path / INDEX).exists():
+        return found.path
+    inside = sorted(found.path.glob("*.ckpt"))
+    if len(inside) > 1:
+        raise Error("holds several models", where=source, fix=f"name one of them: {inside[0]}")
+    return inside[0]
 
 
 def shape_of(source: str | Path) -> ModelConfig:
