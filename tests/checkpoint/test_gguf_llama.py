@@ -40,11 +40,11 @@ def open_llama(path: Path, context: int = WINDOW, **more):
     return llama_cpp.Llama(str(path), **sizes, **kinds, n_threads=1, n_threads_batch=1, verbose=False, **more)
 
 
-def log_probs(llama, row: list[int]) -> Tensor:
-    """llama.cpp's log-probabilities [T, V] float64 after each token of `row`."""
+def scores(llama, row: list[int]) -> Tensor:
+    """llama.cpp's logits [T, V] float32 after each token of `row`."""
     llama.reset()
     llama.eval(row)
-    return torch.log_softmax(torch.from_numpy(np.array(llama.scores[: len(row)])).double(), -1)
+    return torch.from_numpy(np.array(llama.scores[: len(row)], np.float32))
 
 
 def divergences(config: ModelConfig, tokenizer: Tokenizer, rows: list[list[int]], kind: str, folder: Path) -> Tensor:
@@ -56,7 +56,7 @@ def divergences(config: ModelConfig, tokenizer: Tokenizer, rows: list[list[int]]
     for row in rows:
         with torch.no_grad():
             mine = torch.log_softmax(model(torch.tensor([row]))[0].double(), -1)
-        found.append((mine.exp() * (mine - log_probs(llama, row))).sum(-1))
+        found.append((mine.exp() * (mine - torch.log_softmax(scores(llama, row).double(), -1))).sum(-1))
     return torch.cat(found)
 
 
