@@ -262,8 +262,8 @@ class Tokenizer:
         steering = filter(steers, plain.values())
         self._fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in steering])
         defined = {content: number for number, content in plain.items() if not steers(content)}
-        pieces = self._fast.get_vocab(with_added_tokens=True)
-        defined |= {piece: pieces[piece] for piece in whitespace_runs(defined, pieces)}
+        runs = {run: self.token_id(run) for run in whitespace_runs(defined)}
+        defined |= {run: number for run, number in runs.items() if number is not None}
         if len(defined) > MOST_SYMBOLS:
             raise Error(f"has {len(defined)} user-defined symbols, {MOST_SYMBOLS} at most are read", where=self.source)
         return {symbol.replace(SPACE, " "): number for symbol, number in defined.items()}

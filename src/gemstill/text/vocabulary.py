@@ -31,7 +31,7 @@ _STEERING = re.compile(
     r"|\[@BOS@\]|\[multimodal\]|<\|.*\|>",
     re.DOTALL,
 )
-_RUN = re.compile(f"(?s)([ \\t\\n\\r{SPACE}])\\1+")
+_RUNS = frozenset(character * size for character in f" \t\n\r{SPACE}" for size in range(2, LONGEST_PIECE + 1))
 
 
 def steers(piece: str) -> bool:
@@ -39,13 +39,13 @@ def steers(piece: str) -> bool:
     return _STEERING.fullmatch(piece) is not None
 
 
-def whitespace_runs(user_defined: Iterable[str], pieces: Iterable[str]) -> list[str]:
-    """The runs of one whitespace character that are user-defined symbols although a file calls them plain pieces.
+def whitespace_runs(user_defined: Iterable[str]) -> frozenset[str]:
+    """Runs of one whitespace character that are user-defined symbols although a file may call them plain pieces.
 
     Gemma's tokenizer.json lists its runs of newlines and spaces as added tokens and leaves those of tabs to the
     merges; llama.cpp's converter does alike. In the SentencePiece model all of them are user-defined.
     """
-    return [piece for piece in pieces if _RUN.fullmatch(piece)] if any(map(_RUN.fullmatch, user_defined)) else []
+    return _RUNS if any(piece in _RUNS for piece in user_defined) else frozenset()
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Vocabulary:
         for number in defined:
             if steers(pieces[number]):
                 types[number] = CONTROL
-        runs = set(whitespace_runs([pieces[number] for number in defined], pieces))
+        runs = whitespace_runs(pieces[number] for number in defined)
         each = zip(pieces, types, strict=True)
         types = [USER_DEFINED if kind == NORMAL and piece in runs else kind for piece, kind in each]
         for name, value in {"pieces": pieces, "scores": list(map(float, self.scores)), "types": types}.items():
