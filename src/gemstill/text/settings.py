@@ -10,7 +10,7 @@ from gemstill.core.files import read_json
 from gemstill.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 from gemstill.text.words import SPACE
 
-LONGEST_TEMPLATE = 1 << 20  # bytes
+LONGEST_TEMPLATE, LARGEST_SETTINGS = 1 << 20, 16 << 20  # bytes
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -30,6 +30,8 @@ def read_chat_template(folder: Path) -> str | None:
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return None
+    if file.stat().st_size > LARGEST_SETTINGS:
+        raise Error(f"is longer than {LARGEST_SETTINGS} bytes", where=file)
     found = read_json(file)
     template = found.get("chat_template") if isinstance(found, dict) else None
     if isinstance(template, list):  # several by name, of which one is for plain conversations

@@ -291,7 +291,9 @@ def _parsed(data: bytes, source: Path) -> tokenizers.Tokenizer:
     check_file(data, source)
     try:
         fast = tokenizers.Tokenizer.from_str(data.decode())
-    except Exception as error:  # the library raises bare Exceptions
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and panics that are not even that
         raise Error(f"is not a tokenizer.json ({error})", where=source) from error
     check_parts(fast, source)
     return fast
