@@ -24,6 +24,7 @@ from gemstill.model.config import ModelConfig
 from gemstill.model.readout import Loss
 from gemstill.model.transformer import Transformer
 from gemstill.ops.attention import make_mask
+from gemstill.ops.native import loaded
 from gemstill.ops.target import Target
 
 TOKENS = 2048  # of one step
@@ -35,7 +36,8 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def ours(config: ModelConfig, tokens: Tensor, labels: Tensor, *, compiled: bool = True) -> Step:
+def ours(config: ModelConfig, tokens: Tensor, labels: Tensor) -> Step:
+    compiled = not loaded()  # what training settles on: native kernels, or compiled blocks
     model = Transformer(config, compute_dtype=fast_dtype(tokens.device.type)).to(tokens.device).train()
     if compiled:
         model.compile_blocks()

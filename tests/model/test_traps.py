@@ -12,8 +12,9 @@ from gemstill.core.errors import Error
 from gemstill.model.cache import Cache
 from gemstill.model.config import PRESETS, ModelConfig
 from gemstill.model.readout import Loss
-from gemstill.model.transformer import RMSNorm, Transformer, rotary_angles, rotate
+from gemstill.model.transformer import RMSNorm, Transformer, rotary_angles
 from gemstill.ops.attention import attention, make_mask, visible
+from gemstill.ops.fused import rotate
 from gemstill.ops.target import Target
 from tests.model.reference import BASE, ours, text
 
@@ -49,7 +50,8 @@ def test_rmsnorm_is_computed_in_float32():
     torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = norm.double()(x.double())
-    assert torch.equal(norm.float()(x), exact.bfloat16())
+    differ = norm.float()(x) != exact.bfloat16()
+    assert differ.float().mean() < 1e-3  # a value that float32 and float64 see on two sides of a tie; not one in four
 
 
 @pytest.mark.parametrize(("width", "rounded"), [(3072, 55.5), (2304, 48.0), (72, 8.5)])
@@ -100,21 +102,21 @@ def test_query_scale_27b_is_144():
 @pytest.mark.parametrize("softcap", [None, 50.0])
 def test_softcap_before_mask(softcap):
     """A cap on masked scores lifts -inf to -50, where the scores of unloved keys are too: the future leaks in."""
-    q = torch.full((1, 1, 3, 3), -30.0)
+    q = torch.full((1, 1, 3, 1, 3), -30.0)
     k = torch.full((1, 1, 3, 3), 30.0)  # every score is far below -50
     v = torch.eye(3)[None, None]
     at, document = counted(3), one_document(3)
-    out = attention(q, k, v, make_mask(at, at, document, document, None), scale=1.0, softcap=softcap)[0, 0]
+    out = attention(q, k, v, make_mask(at, at, document, document, None), softcap=softcap)[0]
     assert out[0].tolist() == [1.0, 0.0, 0.0]
     assert out[1].tolist() == [0.5, 0.5, 0.0]
 
 
 def test_softcap_is_c_times_tanh_of_x_by_c():
     """x·tanh(x/c) instead gave a first KL of 0.24 (unsloth-zoo#593): the exact values of two scores."""
-    q, k = torch.ones(1, 1, 2, 2), torch.tensor([[60.0, 0.0], [0.0, 20.0]])[None, None]
+    q, k = torch.ones(1, 1, 2, 1, 2), torch.tensor([[60.0, 0.0], [0.0, 20.0]])[None, None]
     v = torch.eye(2)[None, None]
     at, document = counted(2), one_document(2)
-    out = attention(q, k, v, make_mask(at, at, document, document, None), scale=1.0, softcap=50.0)[0, 0, 1]
+    out = attention(q, k, v, make_mask(at, at, document, document, None), softcap=50.0)[0, 1]
     difference = 50 * math.tanh(60 / 50) - 50 * math.tanh(20 / 50)
     torch.testing.assert_close(out[0] / out[1], torch.tensor(math.exp(difference)), rtol=1e-4, atol=0)
 

@@ -7,6 +7,12 @@ from gemstill.ops import attention as room
 from gemstill.ops.attention import attention, make_mask, visible
 
 
+def attend(q, k, v, mask, softcap):
+    """Our attention in the plain formula's layout: q and the result [B, H, T, D]."""
+    out = attention(torch.unflatten(q, 1, (k.shape[1], -1)).transpose(2, 3), k, v, mask, softcap=softcap)
+    return torch.unflatten(out, -1, (q.shape[1], -1)).transpose(1, 2)
+
+
 def plain(q, k, v, seen, scale, softcap):
     """softmax(mask(cap(scale·q·kᵀ)))·v with repeated keys; rows that see nothing are 0."""
     repeats = q.shape[1] // k.shape[1]
@@ -75,7 +81,7 @@ def check(qkv, where, window, softcap):
     seen = visible(*same, window)
     mask = make_mask(*same, window, ordered=True)
     ours, theirs = ([x.clone().requires_grad_() for x in qkv] for _ in range(2))
-    out = attention(*ours, mask, scale=0.7, softcap=softcap)
+    out = attend(0.7 * ours[0], *ours[1:], mask, softcap=softcap)
     expected = plain(*theirs, seen, 0.7, softcap)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
@@ -90,7 +96,7 @@ def test_gradcheck(softcap):
     positions, documents = layout(1, 5, "packed")
     mask = make_mask(positions, positions, documents, documents, 3)
     leaves = [x.requires_grad_() for x in tensors(1, 4, 2, 5, 3)]
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, mask, scale=0.5, softcap=softcap), leaves)
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(0.5 * q, k, v, mask, softcap=softcap), leaves)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -105,7 +111,7 @@ def test_float32_whatever_the_cap_and_the_scores(size, softcap, sign):
     same = (positions, positions, documents, documents)
     seen = visible(*same, None)
     exact = plain(q.float().double(), k.float().double(), v.float().double(), seen, 1.0, softcap)
-    out = attention(q.float(), k.float(), v.float(), make_mask(*same, None), scale=1.0, softcap=softcap)
+    out = attend(q.float(), k.float(), v.float(), make_mask(*same, None), softcap=softcap)
     formula = plain(q.float(), k.float(), v.float(), seen, 1.0, softcap)
     error, bar = ((x.double() - exact).abs().max() for x in (out, formula))
     largest = min(softcap or 1e9, (q @ k.transpose(-1, -2)).abs().max().item())
@@ -120,7 +126,7 @@ def test_bfloat16_is_no_further_from_float64_than_the_plain_formula(softcap):
     same = (positions, positions, documents, documents)
     exact = plain(q.double(), k.double(), v.double(), visible(*same, 20), 0.25, softcap)
     formula = plain(q, k, v, visible(*same, 20), 0.25, softcap)
-    out = attention(q, k, v, make_mask(*same, 20), scale=0.25, softcap=softcap)
+    out = attend(q * 0.25, k, v, make_mask(*same, 20), softcap=softcap)
     assert out.dtype == torch.bfloat16
     error, bar = ((x.double() - exact).square().mean().sqrt() for x in (out, formula))
     assert error <= 1.5 * bar
@@ -132,7 +138,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
     for softcap in (None, 50.0):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         mask = make_mask(positions, positions, documents, documents, None)
-        out = attention(*leaves, mask, scale=1.0, softcap=softcap)
+        out = attend(*leaves, mask, softcap=softcap)
         out.sum().backward()
         assert out.abs().max() == 0
         assert all(x.grad.isfinite().all() for x in leaves)

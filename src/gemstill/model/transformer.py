@@ -12,7 +12,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,24 +20,19 @@ from gemstill.model.cache import Cache, LayerCache
 from gemstill.model.config import ModelConfig
 from gemstill.model.readout import Readout, logits
 from gemstill.ops.attention import Mask, attention, make_mask
+from gemstill.ops.fused import geglu, joint_linear, rms_norm, rotate, rotated_heads, split_heads
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) with Gemma's unit offset: y = x / √(mean(x²) + eps) · (1 + weight).
-
-    x and y: [..., size], any float dtype; computed in float32. weight: [size].
-    """
+    """A layer of `rms_norm`: x [..., size] -> [..., size]; weight [size], the gain less one."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()  # a mean of squares needs more than bfloat16's 8 bits
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        # Widen before adding: in bfloat16, 1 + 0.003 is 1.
-        return (wide * (1 + self.weight.to(wide.dtype))).to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -46,21 +40,6 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[:, None, :, None].float() * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x[i], x[i + d/2]) of x [B, H, T, d] by its position's angle; in float32 at least."""
-    cos, sin = angles
-    wide = x if x.dtype == torch.float64 else x.float()
-    a, b = wide.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-
-
-def fused_linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Several linear maps of the same x as one product; the cast to x's dtype makes the joint matrix anyway."""
-    weights = [layer.weight.to(x.dtype) for layer in layers]
-    out = F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
-    return torch.split(out, [len(weight) for weight in weights], -1)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -77,11 +56,7 @@ class MLP(nn.Module):
         self.down_proj = _linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = fused_linear(x, self.gate_proj, self.up_proj)
-        wide = gate if gate.dtype == torch.float64 else gate.float()
-        # ½(1 + tanh u) = sigmoid(2u): one exponential, where tanh costs several.
-        u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-        return fused_linear((wide * torch.sigmoid(2 * u) * up).to(x.dtype), self.down_proj)[0]
+        return joint_linear(geglu(joint_linear(x, self.gate_proj.weight, self.up_proj.weight)), self.down_proj.weight)
 
 
 class Where(NamedTuple):
@@ -98,7 +73,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.groups, self.rows = config.num_kv_heads, config.num_heads // config.num_kv_heads
         self.scale = config.query_pre_attn_scalar**-0.5
         self.softcap = config.attn_logit_softcap
         self.local = config.is_local(layer)
@@ -111,15 +86,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, where: Where, cache: LayerCache | None, start: int) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = (
-            part.view(B, T, -1, self.head_dim).transpose(1, 2)
-            for part in fused_linear(x, self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        joint = joint_linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         angles = where.angles[self.local]
-        q, k = rotate(q, angles), rotate(k, angles)
+        if self.q_norm is None or self.k_norm is None:
+            q, k, v = rotated_heads(joint, self.groups, self.rows, angles, self.scale)
+        else:
+            q, k, v = split_heads(joint, self.groups, self.rows)
+            q, k = rotate(self.q_norm(q), angles) * self.scale, rotate(self.k_norm(k), angles)
         if where.masks is not None:
             mask = where.masks[self.local]
         else:
@@ -127,8 +100,7 @@ class Attention(nn.Module):
             own = torch.where(where.documents < 0, -1, where.positions)
             k, v, stored = cache.extend(k, v, own, start)
             mask = make_mask(own, stored, own.clamp(max=0), stored.clamp(max=0), self.window)
-        out = attention(q, k, v, mask, scale=self.scale, softcap=self.softcap)
-        return fused_linear(out.transpose(1, 2).reshape(B, T, -1), self.o_proj)[0]
+        return joint_linear(attention(q, k, v, mask, softcap=self.softcap), self.o_proj.weight)
 
 
 class Block(nn.Module):
@@ -145,8 +117,8 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
     def forward(self, x: Tensor, where: Where, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), where, cache, start))
-        out: Tensor = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), where, cache, start), x)
+        out: Tensor = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), x)
         return out
 
 

@@ -8,6 +8,7 @@ keys left out that no query of a tile can see.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from gemstill.ops.native import kernels
 
 TILE = 128  # fewest queries of a tile; a band is a multiple of it
 MOST_TILES = 4  # tiles are unrolled when compiled: more cost compilation and save little
@@ -25,8 +28,8 @@ Tiles = tuple[tuple[int, int, int, int], ...]  # queries [start, stop) against k
 class Mask(NamedTuple):
     """Which keys each query sees, in tiles of queries [start, stop) against keys [first, last).
 
-    seen: a bool tensor for each tile, [B, 1, 1, stop - start, last - first]; with `band` > 0 there is one
-    tile for all bands of that many tokens, each seeing itself and the band before: [B, 1, n, 1, band, 2·band].
+    seen: a bool tensor for each tile, [B, 1, stop - start, 1, last - first]; with `band` > 0 there is one
+    tile for all bands of that many tokens, each seeing itself and the band before: [B, 1, n, band, 1, 2·band].
     """
 
     tiles: Tiles
@@ -75,7 +78,7 @@ def make_mask(
             q_positions[:, rows], k_positions[:, columns], q_documents[:, rows], k_documents[:, columns], window
         )
         tiles.append((start, stop, first, last))
-        seen.append(part[:, None, None])
+        seen.append(part[:, None, :, None])
     return Mask(tuple(tiles), tuple(seen))
 
 
@@ -84,7 +87,7 @@ def _banded(positions: Tensor, documents: Tensor, window: int | None, band: int)
     p = torch.unflatten(F.pad(positions, (0, extra)), 1, (-1, band))
     d = torch.unflatten(F.pad(documents, (0, extra), value=-1), 1, (-1, band))
     seen = visible(p, _with_previous(p, 1), d, _with_previous(d, 1, fill=-1), window)
-    return Mask(((0, band, 0, 2 * band),), (seen[:, None, :, None],), band)
+    return Mask(((0, band, 0, 2 * band),), (seen[:, None, :, :, None],), band)
 
 
 def _with_previous(x: Tensor, bands: int, fill: int = 0) -> Tensor:
@@ -94,37 +97,50 @@ def _with_previous(x: Tensor, bands: int, fill: int = 0) -> Tensor:
     return torch.cat([previous, x], bands + 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, softcap: float | None) -> Tensor:
-    """Attention of the report's section 2: softmax(mask(c·tanh(scale·q·kᵀ/c)))·v.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, softcap: float | None) -> Tensor:
+    """Attention of the report's section 2: softmax(mask(c·tanh(q·kᵀ/c)))·v.
 
-    q: [B, H, Tq, D]. k, v: [B, G, Tk, D] with H a multiple of G (grouped queries). Returns [B, H, Tq, D] in
-    q's dtype; a query that sees nothing (padding) gets zeros, not NaN. Exponentials and sums are taken in
-    float32, or float64 for float64.
+    q: [B, G, Tq, R, D], scaled already: R queries share a key (grouped queries). k, v: [B, G, Tk, D]. Returns
+    [B, Tq, G·R·D] in q's dtype; a query that sees nothing (padding) gets zeros, not NaN. Exponentials and sums
+    are taken in float32, or float64 for float64.
     """
-    B, H, T, D = q.shape
-    G = k.shape[1]
-    q = (q * scale).reshape(B, G, H // G, T, D)
-    if not mask.band:
-        out: Tensor = _Attention.apply(q, k, v, softcap, mask.tiles, *mask.seen)  # type: ignore[no-untyped-call]
-        return out.reshape(B, H, T, D)
-    extra, C = -T % mask.band, mask.band
-    q, k, v = (F.pad(x, (0, 0, 0, extra)) if extra else x for x in (q, k, v))
-    q = torch.unflatten(q, 3, (-1, C)).transpose(2, 3)  # [B, G, n, R, C, D]
-    k, v = (_with_previous(torch.unflatten(x, 2, (-1, C)), 2) for x in (k, v))  # [B, G, n, 2C, D]
-    out = _Attention.apply(q, k, v, softcap, mask.tiles, *mask.seen)  # type: ignore[no-untyped-call]
-    return out.transpose(2, 3).reshape(B, H, T + extra, D)[:, :, :T]
+    T, C = q.shape[2], mask.band
+    if C:
+        extra = -T % C
+        q = F.pad(q, (0, 0, 0, 0, 0, extra)) if extra else q
+        k, v = (F.pad(x, (0, 0, 0, extra)) if extra else x for x in (k, v))
+        q = torch.unflatten(q, 2, (-1, C))  # [B, G, n, C, R, D]
+        k, v = (_with_previous(torch.unflatten(x, 2, (-1, C)), 2) for x in (k, v))  # [B, G, n, 2C, D]
+    out: Tensor = _Attention.apply(q, k, v, softcap, T, mask.tiles, *mask.seen)  # type: ignore[no-untyped-call]
+    return out.flatten(2)
 
 
-def _exponentials(scores: Tensor, seen: Tensor, softcap: float | None) -> Tensor:
-    """exp of the capped scores, up to a factor for each row that the normalisation takes out; 0 where not seen."""
+def _exponentials(scores: Tensor, seen: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """exp of the capped scores [*L, tq, R, tk], up to a factor for each row that the normalisation takes out.
+
+    Returns the exponentials, 0 where not seen; the same times the slope of the cap, which backward wants; both
+    in the dtype of the scores, which they may replace. And their sums [*L, tq, R, 1], wide.
+    """
+    if (native := kernels(scores)) is not None:
+        sums = scores.new_empty(*scores.shape[:-1], 1, dtype=torch.float32)
+        steep = scores if softcap is None else torch.empty_like(scores)
+        flat = scores.flatten(0, -4), seen.contiguous(), sums, steep.flatten(0, -4)
+        native.attention_exponentials(*flat, scores.shape[1], math.prod(scores.shape[2:-3]), softcap or 0.0)
+        return scores, steep, sums
     wide = scores if scores.dtype == torch.float64 else scores.float()
+    slope = None
     if softcap is not None:
-        wide = softcap * tanh(wide / softcap)
+        t = tanh(wide / softcap)
+        wide, slope = softcap * t, 1 - t * t
     if softcap is None or softcap > 60:
         wide = torch.where(seen, wide, -1e30)
         wide = wide - wide.amax(-1, keepdim=True)
     # Otherwise no maximum is needed: scores lie within the cap, and e^±60 and their sums well inside float32.
-    return torch.where(seen, wide.exp(), 0.0)
+    powers = torch.where(seen, wide.exp(), 0.0)
+    # The smallest normal number keeps rows that see nothing at 0 instead of NaN.
+    sums = powers.sum(-1, keepdim=True).clamp_min(1e-37)
+    kept = powers.to(scores.dtype)
+    return kept, kept if slope is None else (powers * slope).to(scores.dtype), sums
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -137,17 +153,12 @@ def tanh(x: Tensor) -> Tensor:
     return e / (e + 2)
 
 
-def _slope(scores: Tensor, softcap: float) -> Tensor:
-    """The derivative of c·tanh(x/c): 1 - tanh²."""
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    return 1 - tanh(wide / softcap).square()
-
-
 class _Attention(torch.autograd.Function):
-    """q [*L, R, Tq, D], already scaled; k, v [*L, Tk, D]; each seen broadcasts to [*L, R, tq, tk].
+    """q [*L, Tq, R, D], already scaled; k, v [*L, Tk, D]; each seen broadcasts to [*L, tq, R, tk].
 
-    Rows are normalised after the product with v, so that the one pass over the scores is elementwise.
-    Kept for backward, in the compute dtype: scores and their exponentials.
+    L is [B, G], or [B, G, bands]. The result is [B, tokens, G, R, D]. Rows are normalised after the product with v,
+    so that the one pass over the scores is elementwise. Kept for backward, in the compute dtype: the
+    exponentials, and the same times the slope of the cap.
     """
 
     @staticmethod
@@ -157,45 +168,74 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         softcap: float | None,
+        tokens: int,
         tiles: Tiles,
         *seen: Tensor,
     ) -> Tensor:
-        outs, kept = [], []
+        B, G, R, D = q.shape[0], q.shape[1], q.shape[-2], q.shape[-1]
+        out = q.new_empty(B, tokens, G, R, D)
+        kept = []
         for (start, stop, first, last), mask in zip(tiles, seen, strict=True):
-            rows = q[..., start:stop, :]
-            flat = rows.flatten(-3, -2)
-            scores = flat @ k[..., first:last, :].transpose(-1, -2)
-            powers = _exponentials(torch.unflatten(scores, -2, rows.shape[-3:-1]), mask, softcap)
-            # The smallest normal number keeps rows that see nothing at 0 instead of NaN.
-            total = powers.sum(-1, keepdim=True).clamp_min(1e-37)
-            powers = powers.to(v.dtype).flatten(-3, -2)
-            out = torch.unflatten(powers @ v[..., first:last, :], -2, rows.shape[-3:-1])
-            outs.append((out / total).to(q.dtype))
-            kept += [scores, powers, total]
-        joined = outs[0] if len(outs) == 1 else torch.cat(outs, -2)
-        ctx.save_for_backward(q, k, v, joined, *kept)
-        ctx.softcap, ctx.tiles = softcap, tiles
-        return joined
+            rows = q[..., start:stop, :, :]
+            scores = rows.flatten(-3, -2) @ k[..., first:last, :].transpose(-1, -2)
+            powers, steep, sums = _exponentials(torch.unflatten(scores, -2, (stop - start, R)), mask, softcap)
+            powers, steep = powers.flatten(-3, -2), steep.flatten(-3, -2)
+            part = torch.unflatten(powers @ v[..., first:last, :], -2, (stop - start, R))
+            _place(part, sums, out, start)
+            kept += [powers, steep, sums]
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.tiles = tiles
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
-        dqs, dks, dvs = [], [], []
+        grad = grad.contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for number, (start, stop, first, last) in enumerate(ctx.tiles):
-            scores, powers, total = kept[3 * number : 3 * number + 3]
-            rows, keys, values = q[..., start:stop, :], k[..., first:last, :], v[..., first:last, :]
-            shape = rows.shape[-3:-1]
-            d_out = grad[..., start:stop, :] / total
-            delta = (d_out * out[..., start:stop, :]).sum(-1, keepdim=True).flatten(-3, -2)
-            d_out = d_out.to(q.dtype).flatten(-3, -2)
-            d_scores = powers * ((d_out @ values.transpose(-1, -2)) - delta)
-            if ctx.softcap is not None:
-                d_scores = d_scores * _slope(scores, ctx.softcap)
-            d_scores = d_scores.to(q.dtype)
-            dqs.append(torch.unflatten(d_scores @ keys, -2, shape))
-            edges = (0, 0, first, k.shape[-2] - last)
-            dks.append(F.pad(d_scores.transpose(-1, -2) @ rows.flatten(-3, -2), edges))
-            dvs.append(F.pad(powers.transpose(-1, -2) @ d_out, edges))
-        dq = dqs[0] if len(dqs) == 1 else torch.cat(dqs, -2)
-        return (dq, sum(dks[1:], dks[0]), sum(dvs[1:], dvs[0]), None, None, *[None] * len(ctx.tiles))
+            powers, steep, sums = kept[3 * number : 3 * number + 3]
+            queries, keys = slice(start, stop), slice(first, last)
+            rows = q[..., queries, :, :]
+            d_part, delta = _take(grad, out, sums, rows, start)
+            d_scores = d_part @ v[..., keys, :].transpose(-1, -2)
+            if (native := kernels(d_scores)) is not None:
+                native.attention_gradient(d_scores, steep, delta)
+            else:
+                d_scores = (steep * (d_scores - delta)).to(q.dtype)
+            dq[..., queries, :, :] = torch.unflatten(d_scores @ k[..., keys, :], -2, rows.shape[-3:-1])
+            dk[..., keys, :] += d_scores.transpose(-1, -2) @ rows.flatten(-3, -2)
+            dv[..., keys, :] += powers.transpose(-1, -2) @ d_part
+        return (dq, dk, dv, None, None, None, *[None] * len(ctx.tiles))
+
+
+def _place(part: Tensor, sums: Tensor, out: Tensor, start: int) -> None:
+    """Write part / sums, [*L, tq, R, D], to its tokens of out [B, T, G, R, D]: those from `start`, or bands of tq."""
+    bands, size = math.prod(part.shape[2:-3]), part.shape[-3]
+    if (native := kernels(part)) is not None:
+        native.attention_place(part.flatten(0, -4), sums, out, bands, size, start)
+        return
+    rows = (part / sums).to(out.dtype)
+    rows = rows.flatten(2, 3) if part.ndim == 6 else rows
+    T = min(rows.shape[2], out.shape[1] - start)
+    out[:, start : start + T] = rows[:, :, :T].transpose(1, 2)
+
+
+def _take(grad: Tensor, out: Tensor, sums: Tensor, like: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The way back: grad / sums [*L, tq·R, D], and its product with out, row by row, [*L, tq·R, 1] wide."""
+    bands, size = math.prod(like.shape[2:-3]), like.shape[-3]
+    if (native := kernels(out)) is not None:
+        part, delta = torch.empty_like(like, memory_format=torch.contiguous_format), torch.empty_like(sums)
+        native.attention_take(grad, out, sums, part.flatten(0, -4), delta, bands, size, start)
+    else:
+        g, o = (_rows(x[:, start:], like) for x in (grad, out))
+        wide = g / sums
+        part, delta = wide.to(out.dtype), (wide * o).sum(-1, keepdim=True)
+    return part.flatten(-3, -2), delta.flatten(-3, -2)
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """The first tokens of x [B, T, G, R, D] in the shape of `like` [*L, tq, R, D], zeros past the end."""
+    count = math.prod(like.shape[2:-2])
+    rows = x[:, :count].transpose(1, 2)
+    return F.pad(rows, (0, 0, 0, 0, 0, count - rows.shape[2])).reshape(like.shape)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from gemstill.core.errors import Error
 from gemstill.ops.attention import tanh
+from gemstill.ops.native import kernels
 from gemstill.ops.target import Target
 
 TILE = 1 << 22  # logits held at once, elements
@@ -107,6 +108,27 @@ _eager = _log_sum_exp, _gradient
 _compiled = torch.compile(_log_sum_exp, dynamic=False), torch.compile(_gradient, dynamic=False)
 
 
+def _tile(
+    raw: Tensor, target: Target, softcap: float | None, wanted: bool, compiled: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of rows with uncapped logits [n, V], and, if wanted, its gradient to them, perhaps in their place."""
+    ids, probs, weight = target
+    if (native := kernels(raw)) is not None:
+        losses = torch.empty(len(raw), dtype=torch.float32)
+        whole = ids.contiguous(), probs.float().contiguous(), weight.float().contiguous()
+        native.cross_entropy(raw, *whole, losses, softcap or 0.0, wanted)
+        return losses.sum(), raw if wanted else None
+    log_sum_exp, gradient = _compiled if compiled else _eager
+    lse = log_sum_exp(raw, softcap)
+    picked, slope = _capped(raw.gather(1, ids), softcap)
+    p = probs.to(lse.dtype) * weight[:, None].to(lse.dtype)
+    total = p.sum(1, keepdim=True)
+    loss = (total * lse).sum() - (p * picked).sum()
+    # d loss / d logits: (Σp)·softmax − p, times the slope of the cap.
+    g = gradient(raw, lse, total, softcap).scatter_add_(1, ids, -p * slope).to(raw.dtype) if wanted else None
+    return loss, g
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,23 +142,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compiled: bool,
     ) -> Tensor:
         wide = _wide(hidden.dtype)
-        log_sum_exp, gradient = _compiled if compiled else _eager
         cast = head.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=wide)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if ctx.needs_input_grad[1] else None
+        wanted = d_hidden is not None or d_head is not None
         for rows in _tiles(len(hidden), len(head)):
             x = hidden[rows]
-            raw = F.linear(x, cast)
-            lse = log_sum_exp(raw, softcap)
-            picked, slope = _capped(raw.gather(1, ids[rows]), softcap)
-            p = probs[rows].to(wide) * weight[rows, None].to(wide)
-            total = p.sum(1, keepdim=True)
-            loss += (total * lse).sum() - (p * picked).sum()
-            if d_hidden is None and d_head is None:
+            part, g = _tile(F.linear(x, cast), Target(ids[rows], probs[rows], weight[rows]), softcap, wanted, compiled)
+            loss += part
+            if g is None:
                 continue
-            # d loss / d logits: (Σp)·softmax − p, times the slope of the cap.
-            g = gradient(raw, lse, total, softcap).scatter_add_(1, ids[rows], -p * slope).to(raw.dtype)
             if d_hidden is not None:
                 torch.mm(g, cast, out=d_hidden[rows])
             if d_head is not None:

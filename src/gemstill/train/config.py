@@ -166,7 +166,7 @@ class LoopConfig:
     windows_per_step: int = 16  # windows of one optimizer step, over all ranks
     micro_windows: int = 16  # windows of one forward and backward pass on one rank: memory, not results
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; weights are kept in float32
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: auto where a compiler is and the run is long
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: auto on a GPU; a CPU has native kernels
     activation_checkpointing: bool = False  # keep each block's input only: less memory, a third more products
     evaluate_every: int = 0  # steps between two evaluations on held-out text; 0: at the end alone
     evaluate_windows: int = 0  # held-out windows of one evaluation; 0: all

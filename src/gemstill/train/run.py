@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import resource
-import shutil
 import sys
-import sysconfig
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +17,10 @@ from gemstill.core.allocator import keep_freed_memory
 from gemstill.core.config import dump
 from gemstill.core.errors import Error
 from gemstill.core.files import locked, read_json, sha256, write, write_json
+from gemstill.core.notices import note
 from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
+from gemstill.ops.native import why_not
 from gemstill.train.config import TrainConfig, check_same, check_vocabulary, identity
 from gemstill.train.flops import train_flops
 from gemstill.train.heldout import Evaluation, evaluate
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from gemstill.text.tokenizer import Tokenizer
 
 RECIPE = "recipe.json"  # all that the run's result depends on; what a later command must agree with
-WORTH_COMPILING = 60.0  # seconds of products above which compilation, about half a minute, pays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +179,7 @@ def _settle(config: TrainConfig, shape: ModelConfig, data: _Data, here: Ranks) -
         precision = saved.get("precision") or str(machine.fast_dtype(here.device.type)).removeprefix("torch.")
     settled = dataclasses.replace(config, steps=config.total_steps, tokens=0, precision=precision)
     if compiling == "auto":
-        flops = train_flops(shape, config.data.window) * config.tokens_per_step * settled.steps
-        long = flops / _rate(settled.precision) > WORTH_COMPILING
-        compiling = saved.get("compile") or ("on" if long and here.world == 1 and can_compile() else "off")
+        compiling = saved.get("compile") or ("on" if here.device.type == "cuda" and here.world == 1 else "off")
     if compiling == "on" and here.world > 1:
         what = "compile is on with several ranks, which FSDP's hooks do not allow yet"
         raise Error(what, where="recipe", fix="set compile=off")
@@ -194,12 +190,6 @@ def _settle(config: TrainConfig, shape: ModelConfig, data: _Data, here: Ranks) -
     return settled, recipe
 
 
-def can_compile() -> bool:
-    """Whether torch.compile has what it needs on a CPU: a C++ compiler and Python's headers."""
-    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
-    return compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists()
-
-
 def _rate(precision: str) -> float:
     """Operations a second of this machine's products in `precision`."""
     return 1e9 * max(1e-3, machine.probe().rate(getattr(torch, precision)))
@@ -208,6 +198,8 @@ def _rate(precision: str) -> float:
 def _loop(config: TrainConfig, recipe: dict[str, Any], shape: ModelConfig, data: _Data, here: Ranks) -> Loop:
     from gemstill.data.loader import Loader
 
+    if here.device.type == "cpu" and here.rank == 0 and (reason := why_not()):
+        note(f"no native kernels ({reason}): training runs in plain PyTorch operations, slower")
     precision: torch.dtype = getattr(torch, config.precision)
     model = _model(config, shape).to(here.device)
     model.compute_dtype = precision
