@@ -321,3 +321,20 @@ def test_all_that_is_wrong_is_in_one_line():
         "x: tensors are missing: embed_tokens.weight; tensors that the model does not have: what; tensors of another "
         "shape: norm.weight [3] instead of [48]; tensors of a type that no weights have: norm.weight is stored as I8;"
     )
+
+
+def test_a_strangers_names_do_nothing_to_a_terminal(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"\x1b[2Jgone\n" * 50: torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Error) as caught:
+        load_folder(folder)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("shape", [[], [384], [384, 48, 1], [1, 48]], ids=str)
+def test_a_head_of_another_shape_is_superfluous(shape, folder):
+    tensors = load_file(folder / "model.safetensors") | {"lm_head.weight": torch.zeros(shape)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Error, match=r"does not have: lm_head\.weight"):
+        load_folder(folder)

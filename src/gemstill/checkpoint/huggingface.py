@@ -81,7 +81,9 @@ def _names(weights: Weights, model: Transformer, *, with_images: bool) -> dict[s
         return rest + name if name == _HEAD else body + name
 
     head, embedding = theirs(_HEAD), theirs(_EMBEDDING)
-    if model.lm_head is None and head in found and weights.shapes.get(embedding) == weights.shapes[head]:
+    rows = list(model.embed_tokens.weight.shape)
+    twice = all(weights.shapes.get(name) == rows and name not in weights.unreadable for name in (head, embedding))
+    if model.lm_head is None and twice:
         # Some tools write the tied head out. The same matrix twice is one matrix; another one is not tied.
         if not _equal(weights.read(head), weights.read(embedding)):
             raise Error(f"{head} differs from {embedding}, though config.json says they are tied", where=weights.folder)

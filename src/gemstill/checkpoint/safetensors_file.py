@@ -20,7 +20,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _SPELT = {dtype: name for name, dtype in NAMES.items()}
 _SHARD = re.compile(r"[\w][\w.\-]*\.safetensors", re.ASCII)  # no folder, no way up, nothing that a terminal obeys
-_MOST_HEADER = 16 << 20  # bytes; the header of a 27B model has 60,000
+_MOST_HEADER = 4 << 20  # bytes; the header of a 27B model has 60,000
 _MOST_INDEX = 4 << 20
 _COPY = 16 << 20  # bytes converted and written at once
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,18 +16,19 @@ from gemstill.core.notices import note
 from gemstill.model.config import ModelConfig
 from gemstill.text.tokenizer import Tokenizer
 
-SHOWN = 8  # names in an error, which is one line
+SHOWN, LONGEST = 8, 120  # names in an error, which is one line, and characters of one
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of parameters
 _DONTNEED = 4  # Linux' MADV_DONTNEED
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of `names`, and how many more there are.
+    """The first few of `names`, which may be a stranger's, and how many more there are.
 
     >>> listed(["a", "b"])
     'a, b'
     """
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    shown = (repr(name)[1:-1][:LONGEST] for name in names[:SHOWN])  # nothing in it that a terminal obeys
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def check_names(
@@ -50,7 +52,7 @@ def check_names(
     if missing := sorted(wanted.keys() - found.keys()):
         problems.append(f"tensors are missing: {listed(missing)}")
     if superfluous := sorted(found.keys() - wanted.keys()):
-        problems.append(f"tensors that the model does not have: {listed([f'{name:.100}' for name in superfluous])}")
+        problems.append(f"tensors that the model does not have: {listed(superfluous)}")
     both = sorted(wanted.keys() & found.keys())
     shapes = {name: [int(size) for size in found[name]] for name in both}
     if misshapen := [
@@ -117,7 +119,7 @@ def release(tensor: Tensor) -> None:
     """
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
-    page = 4096
+    page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     stop = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
     if stop > start:
