@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+_READY, _BUSY = "\x1b[?2004h", "\x1b[?2004l"  # a prompt tells the terminal that it takes pasted text as such
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
@@ -43,7 +44,12 @@ class Terminal:
     def shown(self) -> str:
         return _CODES.sub("", self.raw)
 
-    def type(self, text: str) -> None:
+    def type(self, text: str, *, at_prompt: bool = True) -> None:
+        """Type, by default once the program reads keys one by one: before that a terminal makes them into lines."""
+        end = time.monotonic() + 240
+        while at_prompt and self.raw.rfind(_READY) <= self.raw.rfind(_BUSY):
+            if time.monotonic() > end or not self.read(0.2):
+                raise AssertionError(f"no prompt came; shown: {self.shown!r}")
         os.write(self._handle, text.encode())
 
     def wait(self, text: str, seconds: float = 240.0) -> str:

@@ -71,7 +71,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.wait("def area")
     while len(terminal.shown.rpartition("def area")[2].strip()) < 20:  # it is writing
         assert terminal.read(5)
-    terminal.type("\x03")
+    terminal.type("\x03", at_prompt=False)
     terminal.wait("stopped")
     terminal.type("/params max_new_tokens=3\r")
     terminal.wait("max_new_tokens=3")

@@ -22,7 +22,7 @@ from gemstill.infer.lines import Lines, lines
 if TYPE_CHECKING:
     from gemstill.infer.conversation import Conversation
 
-PROMPT = "> "
+PROMPT, ERASE = "> ", "\r\x1b[K"
 COMMANDS = {
     "/reset": "begin anew; the model forgets all turns",
     "/save FILE": "write the conversation as JSON",
@@ -54,9 +54,13 @@ def run(config: ChatConfig) -> None:
         Error: no such model, or one without turns; in a pipe also what a command of it does wrong.
     """
     expect_model(config.source)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        print("\x1b[2mloading …\x1b[0m", end="", flush=True)
     conversation = _open(config)
-    messages = lines(PROMPT)
-    chat = Chat(conversation, messages, interactive=sys.stdin.isatty() and sys.stdout.isatty())
+    if interactive:
+        print(ERASE, end="", flush=True)
+    chat = Chat(conversation, lines(PROMPT), interactive=interactive)
     chat.say(_banner(config, conversation))
     chat.run()
 
@@ -91,16 +95,12 @@ class Chat:
         while True:
             try:
                 text = self.messages.read()
-            except KeyboardInterrupt:
+                if text is None or (text and not self.obey(text)):
+                    return
+            except KeyboardInterrupt:  # at the prompt, or in the moment before it
                 if not self.interactive:
                     raise
                 self.say("Ctrl-D or /exit ends the conversation")
-                continue
-            if text is None:
-                return
-            try:
-                if text and not self.obey(text):
-                    return
             except Error as error:
                 if not self.interactive:
                     raise
@@ -141,7 +141,8 @@ class Chat:
         sys.stdout.flush()
         if talk.left > before and not gone:
             self._tell_who_left()
-        self._tell_how(first - begin, time.monotonic() - first)
+        now = time.monotonic()
+        self._tell_how((first or now) - begin, now - (first or now))
 
     def say(self, text: str) -> None:
         """Tell the person something, quietly; nothing in a pipe."""

@@ -27,7 +27,7 @@ def run(config: InspectConfig) -> None:
     """Print what is at `config.source`. Raises Error as `describe` does."""
     found = describe(config.source)
     if config.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(found, indent=2))
     else:
         from gemstill.report.inspect_text import text
 
@@ -103,7 +103,8 @@ def _dataset(path: Path) -> dict[str, Any]:
 
     dataset = TokenDataset.open(path)
     index = dataset.index
-    sources = [str(source.get("name")) for source in index.get("source") or [] if isinstance(source, dict)]
+    stated = index.get("source")
+    sources = [str(each.get("name")) for each in stated if isinstance(each, dict)] if isinstance(stated, list) else []
     shards = [path / shard["file"] for shard in index["shards"]]
     described = {
         "split": index.get("split"),
@@ -163,7 +164,7 @@ def _last_step(path: Path) -> int | None:
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
 

@@ -58,7 +58,10 @@ def _model(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     wide = layers // pattern
     window = f"{layers} ({layers - wide} local, window {shape['sliding_window']:,}; {wide} global)"
     described = {"layers": window, **{k: v for k, v in shape.items() if k not in _SHOWN_ELSEWHERE and v is not None}}
-    parts = [[part, f"{count:,}", f"{count / parameters['total']:.1%}"] for part, count in parameters["parts"].items()]
+    parts = [
+        [part, f"{count:,}", f"{count / max(1, parameters['total']):.1%}"]
+        for part, count in parameters["parts"].items()
+    ]
     parts.append(["without embedding", f"{parameters['without_embedding']:,}", ""])
     rows = [[r["kind"], r["type"], str(r["count"]), f"{r['parameters']:,}", size(r["bytes"])] for r in found["tensors"]]
     contexts = list(found["memory"][0]["with_context_bytes"])
