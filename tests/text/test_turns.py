@@ -189,11 +189,11 @@ def test_a_vocabulary_without_turns_is_told_by_the_tokens_name(plain: Tokenizer)
             encode_turns(other, TALK)
 
 
-@pytest.mark.parametrize("text", [CHAT_TEMPLATE, GEMMA3])
-@pytest.mark.parametrize("case", GRID, ids=str)
+@pytest.mark.parametrize(
+    ("text", "case"),
+    [(text, case) for text in (CHAT_TEMPLATE, GEMMA3) for case in GRID if text == GEMMA3 or case.roles[0] != "system"],
+)
 def test_ids_are_transformers_own(auto, folder: Path, text: str, case: Case) -> None:
-    if text == CHAT_TEMPLATE and case.roles[0] == "system":
-        pytest.skip("this template refuses a system message")
     said = [" Knock knock. ", "Who's\n\nthere?", "Lettuce.\n", "  Lettuce who?", "Lettuce in!", "Ha."]
     talk = [{"role": role, "content": content} for role, content in zip(case.roles, said, strict=False)]
     text_of = auto.apply_chat_template(talk, chat_template=text, tokenize=False, add_generation_prompt=case.prompt)
