@@ -110,6 +110,11 @@ def _config(file: GgufFile) -> ModelConfig:
     return config
 
 
+def read_tokenizer(file: GgufFile) -> Tokenizer:
+    """The tokenizer of an open file alone. Raises Error where it has none of Gemma's kind."""
+    return _tokenizer(file, _check_kind(file))
+
+
 def _is_norm(name: str) -> bool:
     return name.endswith("norm.weight")
 
