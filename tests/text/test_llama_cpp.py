@@ -1,60 +1,42 @@
-"""llama.cpp gives the same ids, from a GGUF vocabulary made of tokenizer.model as its converter makes it."""
+"""llama.cpp gives the same ids, from a GGUF vocabulary made of ours."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 
 from gemstill.text.tokenizer import Tokenizer
 from gemstill.text.training import CONTROL
+from gemstill.text.vocabulary import Vocabulary
 from tests.text import texts
 from tests.text.conftest import corpus
+from tests.text.test_vocabulary import with_symbols
+from tests.text.ways import write_gguf
 
 pytestmark = pytest.mark.slow
 
 
-def write_vocabulary(folder: Path, file: Path) -> None:
-    """A GGUF with a vocabulary and no weights."""
-    gguf = pytest.importorskip("gguf")
-    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    kinds = gguf.TokenType
-    ids = range(model.get_piece_size())
-    types = [
-        kinds.UNKNOWN
-        if model.is_unknown(id)
-        else kinds.CONTROL
-        if model.is_control(id)
-        else kinds.BYTE
-        if model.is_byte(id)
-        else kinds.NORMAL
-        for id in ids
-    ]
-    writer = gguf.GGUFWriter(file, "gemma2")
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([model.id_to_piece(id).encode() for id in ids])
-    writer.add_token_scores([model.get_score(id) for id in ids])
-    writer.add_token_types(types)
-    writer.add_pad_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_bos_token_id(2)
-    writer.add_unk_token_id(3)
-    writer.add_add_space_prefix(False)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+@pytest.fixture(scope="module")
+def llama(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    return llama_of(tokenizer.vocabulary(), tmp_path_factory)
+
+
+def llama_of(vocabulary: Vocabulary, places: pytest.TempPathFactory):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    file = places.mktemp("gguf") / "vocabulary.gguf"
+    write_gguf(vocabulary, file)
+    return llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
 
 
 @pytest.fixture(scope="module")
-def llama(folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    file = tmp_path_factory.mktemp("gguf") / "vocabulary.gguf"
-    write_vocabulary(folder, file)
-    return llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+def symbols(tokenizer: Tokenizer) -> Tokenizer:
+    return Tokenizer.from_vocabulary(with_symbols(tokenizer.vocabulary()))
+
+
+@pytest.fixture(scope="module")
+def llama_with_symbols(symbols: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    return llama_of(symbols.vocabulary(), tmp_path_factory)
 
 
 @settings(max_examples=2000, deadline=None)
@@ -63,6 +45,13 @@ def test_ids_of_any_text(tokenizer: Tokenizer, llama, text: str) -> None:
     """Control tokens spelled in a text too: as text."""
     data = text.encode()
     assert llama.tokenize(data, add_bos=False, special=False) == tokenizer.encode(text)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(text=texts.hard)
+def test_ids_of_any_text_with_symbols(symbols: Tokenizer, llama_with_symbols, text: str) -> None:
+    """Runs of spaces, tags and halves of them, cut out as user-defined tokens are there."""
+    assert llama_with_symbols.tokenize(text.encode(), add_bos=False, special=False) == symbols.encode(text)
 
 
 def test_ids_and_bytes_of_real_text(tokenizer: Tokenizer, llama) -> None:
