@@ -2,11 +2,12 @@
 #   make quickstart   the whole recipe in miniature on this machine's Python sources, with a report
 #   make test         the tests, a few minutes; test-slow: the long ones; test-gpu: those that need CUDA
 #   make lint         ruff and strict types
+#   make fuzz         hostile checkpoints, COUNT of them from SEED; those that break a promise are kept in runs/fuzz
 #   make bench        side by side with peers, each benchmark's last line is its result as JSON
 #   make clean        removes .venv, caches and builds; runs/ stays
-# Variables: PYTHON (3.11 or newer), TORCH_INDEX (package index of PyTorch, empty for pip's own), JOBS, ARGS.
+# Variables: PYTHON (3.11 or newer), TORCH_INDEX (package index of PyTorch, empty for pip's own), JOBS, ARGS, SEED, COUNT.
 
-.PHONY: help quickstart test test-slow test-gpu lint bench clean
+.PHONY: help quickstart test test-slow test-gpu lint fuzz bench clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -21,13 +22,15 @@ endif
 TORCH_INDEX ?=
 
 JOBS ?= 2
+SEED ?= 1
+COUNT ?= 2000
 READY := .venv/.ready
 RUN := .venv/bin/python
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 REACH = import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5).read(1)
 
 help:
-	@sed -n '2,7s/^# \{0,1\}//p' Makefile
+	@sed -n '2,8s/^# \{0,1\}//p' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -54,9 +57,12 @@ test-gpu: $(READY)
 	$(RUN) -m pytest -m gpu $(ARGS)
 
 lint: $(READY)
-	.venv/bin/ruff check src tests benchmarks
-	.venv/bin/ruff format --check --quiet src tests benchmarks
+	.venv/bin/ruff check src tests benchmarks fuzz
+	.venv/bin/ruff format --check --quiet src tests benchmarks fuzz
 	.venv/bin/mypy
+
+fuzz: $(READY)
+	$(RUN) -m fuzz --seed $(SEED) --count $(COUNT) $(ARGS)
 
 bench: $(READY)
 	@failed=; for file in benchmarks/*.py; do case $$file in */common.py) continue;; esac; \
@@ -65,4 +71,4 @@ bench: $(READY)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks fuzz -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -62,11 +62,13 @@ def case(seeds: Sequence[Seed], seed: int, number: int) -> Case:
 def mutate(rng: Random, start: Seed, number: int = 0) -> Case:
     """`start` with one part of it changed, or its folder."""
     files, told = dict(start.files), []
-    parts = [name for name in files if kind(name)]
+    parts = [name for name in files if kind(name)] or ["folder"]
     part = rng.choice([*parts, "folder"] if len(files) > 1 else parts)
     if rng.random() < TEMPLATES:
         part = "template"
     for turn in range(rng.choice((1, 1, 1, 2, 3))):
+        if not files:
+            break
         if part == "folder":
             told.append(_folder(rng, files))
         elif part == "template":

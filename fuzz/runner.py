@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fuzz.seeds import Seed, write
+from fuzz.worker import SECONDS
+from fuzz.worker import faults as broken
 
-SECONDS = 10.0  # for one case
 PATIENCE = 20.0  # before a worker is ended: what takes longer has failed, how long it would take is not the matter
-MEMORY = 256 * 2**20  # above a good load
+FOLDERS = ("out", "tmp", "cache", "here")  # of a worker
 START = 300.0  # seconds for a worker to come up
 
 
@@ -52,7 +53,7 @@ class Runner:
         self.good = [root / "good" / seed.name / seed.source for seed in good]
         for seed in good:
             write(seed.files, root / "good" / seed.name)
-        for name in ("out", "tmp", "cache", "here"):
+        for name in FOLDERS:
             (root / name).mkdir()
         self.worker: subprocess.Popen[bytes] | None = None
         self.limits: dict[str, int] = {}
@@ -81,7 +82,7 @@ class Runner:
     def _run(self, seed: Seed, save: bool) -> Verdict:
         if self.worker is None:
             self._start()
-            if self.starts == 1:  # it has filled the cache, by a compiler with a memory of its own
+            if self.limits["compiled"]:  # the cache is filled now, and no compiler will be the measure
                 self.close()
                 self._start()
         folder, out = self.root / "case" / "model", self.root / "out" / "saved"
@@ -100,14 +101,7 @@ class Runner:
         return self._judge(seed, folder, answer)
 
     def _judge(self, seed: Seed, folder: Path, answer: dict[str, Any]) -> Verdict:
-        faults = [answer["what"]] if answer["ended"] == "failed" else []
-        if answer["seconds"] > SECONDS:
-            faults.append(f"took {answer['seconds']:.1f} s")
-        if answer["grown"] > self.limits["grown"] + MEMORY:
-            faults.append(f"took {answer['grown'] >> 20} MiB, a good load {self.limits['grown'] >> 20}")
-        if answer["child"] > self.limits["child"] + MEMORY:
-            faults.append(f"a child process took {answer['child'] >> 20} MiB")
-        faults += [f"did outside: {event}" for event in answer["outside"]]
+        faults = broken(answer, self.limits)
         faults += [f"left {path}" for path in (self.root / "here").iterdir()]
         if {path.name: path.stat().st_size for path in folder.iterdir()} != {k: len(v) for k, v in seed.files.items()}:
             faults.append("changed the checkpoint")
@@ -119,12 +113,7 @@ class Runner:
         return Verdict(answer["ended"], answer["what"], answer["seconds"], answer["grown"])
 
     def _start(self) -> None:
-        environment = os.environ | {
-            "TMPDIR": str(self.root / "tmp"), "XDG_CACHE_HOME": str(self.root / "cache"), "OMP_NUM_THREADS": "1",
-            "PYTHONDONTWRITEBYTECODE": "1", "RUST_BACKTRACE": "0", "HF_HUB_OFFLINE": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(self.root / "cache"),
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))),
-        }  # fmt: skip
+        environment = surroundings(self.root)
         shutil.rmtree(self.root / "out", ignore_errors=True)
         (self.root / "out").mkdir()
         self.starts += 1
@@ -170,6 +159,16 @@ class Runner:
 
     def _log(self) -> str:
         return (self.root / "log").read_bytes()[-3000:].decode(errors="replace")
+
+
+def surroundings(root: Path) -> dict[str, str]:
+    """Environment variables of a process that opens cases: all it may write lies in `root`, no network."""
+    paths = filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))
+    return os.environ | {
+        "TMPDIR": str(root / "tmp"), "XDG_CACHE_HOME": str(root / "cache"), "HOME": str(root / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(root / "cache"), "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0",
+        "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths),
+    }  # fmt: skip
 
 
 def _line(stream: BinaryIO | Any, patience: float) -> bytes | None:

@@ -15,7 +15,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-MEMORY = 2 * 2**30  # address space above a good load: more ends in MemoryError, or in an abort of native code
+SECONDS = 10.0  # for one case
+MEMORY = 256 * 2**20  # bytes above a good load, for one case
+ADDRESSES = 2 * 2**30  # of address space above a good load: more ends in MemoryError, or in an abort of native code
 MAXRSS = 1 if sys.platform == "darwin" else 1024  # bytes in the unit of ru_maxrss
 TEXTS = (
     "Hello, world!  12345\n\n\tÄpfel 色は 😀 ▁<bos><start_of_turn>",
@@ -138,6 +140,34 @@ def run(case: dict[str, Any], watch: Watch) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def faults(answer: dict[str, Any], good: dict[str, int]) -> list[str]:
+    """Which promises a case broke. answer: what `run` said. good: `grown` and `child` of good checkpoints."""
+    found = [answer["what"]] if answer["ended"] == "failed" else []
+    if answer["seconds"] > SECONDS:
+        found.append(f"took {answer['seconds']:.1f} s")
+    if answer["grown"] > good["grown"] + MEMORY:
+        found.append(f"took {answer['grown'] >> 20} MiB, a good load {good['grown'] >> 20}")
+    if answer["child"] > good["child"] + MEMORY:
+        found.append(f"a child process took {answer['child'] >> 20} MiB")
+    return found + [f"did outside: {event}" for event in answer["outside"]]
+
+
+def warm_up(good: list[dict[str, Any]], watch: Watch) -> dict[str, int]:
+    """Examine good checkpoints: `grown` and `child`, the most bytes that one took here and in a child process.
+
+    compiled: whether a child took more than this process, as a compiler does that fills the cache of kernels.
+    """
+    for case in good:
+        run(case, watch)  # what is done once, imports and the like, is no part of any case
+    rounds = [run(case, watch) for case in good]
+    for case, ended in zip(good, rounds, strict=True):
+        if ended["ended"] != "loaded" or ended["outside"]:
+            raise SystemExit(f"a good checkpoint did not load: {case['source']}: {ended}")
+    # A child begins as a copy of this process, and the system counts that as the child's.
+    own, child = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS, rounds[-1]["child"]
+    return {"grown": max(ended["grown"] for ended in rounds), "child": max(own, child), "compiled": child > own}
+
+
 def main() -> None:
     """Load the good checkpoints named in the arguments, limit this process, then serve cases."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -148,19 +178,11 @@ def main() -> None:
     root = Path(sys.argv[1])
     watch = Watch([str(root / name) for name in ("out", "tmp", "cache")])
     good = [{"source": source, "out": str(root / "out" / f"good-{n}")} for n, source in enumerate(sys.argv[2:])]
-    for case in good:
-        run(case, watch)  # what is done once, imports and the like, is no part of any case
-    rounds = [run(case, watch) for case in good]
-    for case, round in zip(good, rounds, strict=True):
-        if round["ended"] != "loaded" or round["outside"]:
-            raise SystemExit(f"a good checkpoint did not load: {case['source']}: {round}")
-    limit = _address_space() + MEMORY
+    limits = warm_up(good, watch)
+    limit = _address_space() + ADDRESSES
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    grown = max(round["grown"] for round in rounds)
-    # A child begins as a copy of this process, and the system counts that as the child's.
-    child = max(rounds[-1]["child"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS)
-    print(json.dumps({"grown": grown, "child": child}), file=answers)
+    print(json.dumps(limits), file=answers)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line), watch)), file=answers)
 
