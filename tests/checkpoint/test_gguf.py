@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemstill.checkpoint import gguf as ours
-from gemstill.checkpoint.gguf import EXACT, load_gguf, read_gguf_config, save_gguf, their_name
+from gemstill.checkpoint.gguf import EXACT, load_gguf, read_gguf_config, read_tokenizer, save_gguf, their_name
 from gemstill.checkpoint.gguf_file import GgufFile, Out, write_gguf
 from gemstill.checkpoint.huggingface import load_folder, save_folder
 from gemstill.core.errors import Error
@@ -61,6 +61,7 @@ def test_round_trip_through_f32_is_exact(config, tmp_path):
     text = "".join(TEXT)
     assert again.encode(text) == tokenizer.encode(text)
     assert again.chat_template == tokenizer.chat_template
+    assert read_tokenizer(GgufFile(tmp_path / "model.gguf")).encode(text) == again.encode(text)
     assert again.vocab_size == tokenizer.vocab_size, "rows of padding are no entries"
 
 
