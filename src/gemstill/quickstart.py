@@ -40,11 +40,12 @@ WINDOW = 256
 HELDOUT = 0.05
 STDLIB_EXCLUDED = ["test", "tests", "idle_test", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages"]
 TEACHER, TEACHER_TOKENS = "mini-5m", 800_000
-STUDENT, STUDENT_TOKENS = "mini-1m", 450_000
+STUDENT, STUDENT_TOKENS = "mini-1m", 700_000
 ESTIMATOR = "threshold(0.06)"
 FEWEST = 30  # documents of the students' sample; where it would have fewer, students learn from all of the text
 BATCH = 4  # windows a step: with so few tokens, more steps are worth more than larger ones
 RATES = OptimizerConfig(learning_rate=0.02, embedding_rate=0.03)  # docs/quickstart.md has the sweep
+HARD = HardConfig(end=0.5)  # true next tokens, mixed in more and more: what the student has left to learn at the end
 BOOTSTRAP = 10_000  # resamples of the held-out documents
 ROWS = ("teacher", "scratch", "distilled")
 
@@ -196,7 +197,7 @@ def _recipe(config: QuickstartConfig, name: str, data: str, preset: str, tokens:
         micro_windows=BATCH,
         optimizer=RATES,
         schedule=ScheduleConfig(final=0.0),
-        hard=HardConfig(),
+        hard=HARD if store else HardConfig(),
         evaluate_every=max(1, tokens // (BATCH * WINDOW) // 10),
         evaluate_windows=32,
         save_minutes=1.0,
