@@ -146,6 +146,19 @@ def test_a_hostile_pickle_runs_nothing(where, tmp_path):
     assert (tmp_path / "ran").exists()  # it would have
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "long pickle"])
+def test_a_small_archive_does_not_unfold_to_a_large_pickle(packed, tmp_path):
+    path = put(tmp_path / "g", their_layout(network(SMALL)))
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    kind = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data + bytes(1 << 21) if name.endswith("data.pkl") else data)
+    with pytest.raises(Error, match=r"packed, as torch saves nothing" if packed else r"data\.pkl' of 2\d* bytes"):
+        load_google(path)
+
+
 def test_strides_do_not_make_a_small_file_a_large_tensor(tmp_path):
     state = their_layout(network(SMALL))
     path = put(tmp_path / "g", state | {"embedder.weight": torch.zeros(1, 48).expand(1 << 40, 48)})

@@ -9,6 +9,7 @@ that is added to it, as everywhere but in GGUF. The tokenizer is the SentencePie
 from __future__ import annotations
 
 import re
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ INDEX = "pytorch_model.bin.index.json"
 TOKENIZER = "tokenizer.model"
 _SHARD = re.compile(r"[\w][\w.\-]*\.(bin|ckpt|pt|pth)", re.ASCII)
 _MOST_INDEX = 4 << 20  # bytes
+_MOST_PICKLE = 1 << 20  # bytes; that of a 27B model has 80,000, and each byte can ask for an object of a hundred
 _EMBEDDING = "embedder.weight"
 _TABLES = ("freqs_cis", "local_freqs_cis", "global_freqs_cis")  # rotary angles, which are computed here
 _LAYER = re.compile(r"model\.layers\.(\d{1,3})\.")
@@ -100,6 +102,7 @@ def _unpickle(path: Path) -> Any:
         with path.open("rb") as handle:
             if handle.read(4) != b"PK\x03\x04":
                 raise Error("is not a file that torch saved", where=path, fix="fetch it again")
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise Error(f"cannot be read ({error.strerror})", where=path) from error
@@ -109,6 +112,17 @@ def _unpickle(path: Path) -> Any:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         what = f"is refused: it holds more than tensors, or is damaged ({reason[:200]})"
         raise Error(what, where=path, fix="fetch it again, from someone you trust") from error
+
+
+def _check_archive(path: Path) -> None:
+    """See that the archive's members are stored as they are, as torch saves them: packed ones could be any size."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                raise Error(f"holds {member.filename!r:.100} packed, as torch saves nothing", where=path)
+            if "/data/" not in member.filename and member.file_size > _MOST_PICKLE:
+                what = f"holds {member.filename!r:.100} of {member.file_size} bytes beside its tensors"
+                raise Error(what, where=path, fix="fetch it again")
 
 
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
