@@ -80,6 +80,14 @@ def test_what_would_grow_or_fail_at_some_texts(parts):
         check_parts(tokenizers.Tokenizer.from_str(changed(**parts).decode()), "here")
 
 
+@pytest.mark.parametrize("number", [10_000, 2**31, 5])
+def test_every_id_has_a_piece_and_no_other(number):
+    model = json.loads(small_tokenizer().data)["model"]
+    model["vocab"][max(model["vocab"], key=model["vocab"].__getitem__)] = number
+    with pytest.raises(Error, match=r"ids are not 0 to \d+"):
+        check_parts(tokenizers.Tokenizer.from_str(changed(model=model).decode()), "here")
+
+
 def test_parts_of_the_families_around_are_taken():
     fast = tokenizers.Tokenizer.from_str(small_tokenizer().data.decode())
     check_parts(fast, "here")

@@ -69,8 +69,12 @@ def check_parts(fast: tokenizers.Tokenizer, where: object) -> None:
     """Refuse a tokenizer whose work would not be bounded by a text's length, or that would fail at some texts.
 
     Raises:
-        Error: an unknown part, one that grows texts, a model that is not BPE or Unigram or has no unknown piece.
+        Error: an unknown part, one that grows texts, a model that is not BPE or Unigram or has no unknown piece,
+            ids that are not 0, 1, 2, … to the last.
     """
+    size = fast.get_vocab_size()
+    if None in map(fast.id_to_token, range(size)):  # then some id lies beyond, where a model has no row
+        raise Error(f"has {size} pieces whose ids are not 0 to {size - 1}", where=where)
     for part, name in _NAMES.items():
         growth = _growth(_state(getattr(fast, part)), part, name, where)
         if growth > GROWTH:
