@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -105,7 +106,12 @@ def _gradient(raw: Tensor, lse: Tensor, total: Tensor, softcap: float | None) ->
 
 
 _eager = _log_sum_exp, _gradient
-_compiled = torch.compile(_log_sum_exp, dynamic=False), torch.compile(_gradient, dynamic=False)
+
+
+@functools.cache
+def _compiled() -> tuple[Any, Any]:
+    """Made when asked for: torch.compile loads 2 s of torch, for which a first token would wait too."""
+    return torch.compile(_log_sum_exp, dynamic=False), torch.compile(_gradient, dynamic=False)
 
 
 def _tile(
@@ -118,7 +124,7 @@ def _tile(
         whole = ids.contiguous(), probs.float().contiguous(), weight.float().contiguous()
         native.cross_entropy(raw, *whole, losses, softcap or 0.0, wanted)
         return losses.sum(), raw if wanted else None
-    log_sum_exp, gradient = _compiled if compiled else _eager
+    log_sum_exp, gradient = _compiled() if compiled else _eager
     lse = log_sum_exp(raw, softcap)
     picked, slope = _capped(raw.gather(1, ids), softcap)
     p = probs.to(lse.dtype) * weight[:, None].to(lse.dtype)
