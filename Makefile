@@ -42,6 +42,7 @@ $(READY): pyproject.toml constraints.txt
 	  $(RUN) -m pip install --quiet -c constraints.txt --extra-index-url "$(TORCH_INDEX)" torch || \
 	  echo "make: $(TORCH_INDEX) broke off; taking pip's own build"; fi
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test,lint]'
+	@$(RUN) -c 'from gemstill.ops.native import why_not; why = why_not(); why and print("make: no native kernels:", why)'
 	@touch $@
 
 quickstart: $(READY)

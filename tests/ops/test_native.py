@@ -174,3 +174,23 @@ def test_the_choice_is_the_users(tmp_path):
     assert Error.__name__ in child(**nowhere, GEMSTILL_KERNELS="native")[1]
     assert "is no choice" in child(GEMSTILL_KERNELS="fast")[1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_does_not_wait_for_a_compiler(tmp_path):
+    """Without gradients the kernels are not built; with them, or once they are there, they are used."""
+    code = """
+import torch
+from gemstill.ops.native import kernels
+x = torch.zeros(1)
+with torch.inference_mode():
+    print(kernels(x) is not None)
+print(kernels(x) is not None)
+with torch.inference_mode():
+    print(kernels(x) is not None)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "GEMSTILL_KERNELS": ""}
+    done = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert [out.split() for out in done] == [["False", "True", "True"], ["True", "True", "True"]]

@@ -23,6 +23,7 @@ from gemstill.distill.card import store_card
 from gemstill.distill.estimators import Estimator
 from gemstill.distill.store import INDEX, Rows, Shards, Store, StoreInfo, block_path, encode, write_block, write_index
 from gemstill.model.transformer import Transformer
+from gemstill.ops.native import loaded
 
 # Held at once: so many logits, but no fewer rows than make reading a large head worth while. Fixed, since the
 # shapes of products decide their last bits.
@@ -113,6 +114,7 @@ def _open(config: TeachConfig) -> tuple[Transformer, TokenDataset, StoreInfo]:
             where=config.teacher,
             fix="make the data set with the teacher's tokenizer",
         )
+    loaded()  # native kernels from the first block on, so that a store's bytes do not depend on when they are built
     model.compute_dtype = machine.fast_dtype() if config.precision == "fast" else getattr(torch, config.precision)
     info = describe(
         model, dataset, estimator=config.estimator, window=config.window, block_tokens=config.block_tokens,

@@ -111,6 +111,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, softcap: float | N
         k, v = (F.pad(x, (0, 0, 0, extra)) if extra else x for x in (k, v))
         q = torch.unflatten(q, 2, (-1, C))  # [B, G, n, C, R, D]
         k, v = (_with_previous(torch.unflatten(x, 2, (-1, C)), 2) for x in (k, v))  # [B, G, n, 2C, D]
+    kernels(q)  # built here, where gradients are still on
     out: Tensor = _Attention.apply(q, k, v, softcap, T, mask.tiles, *mask.seen)  # type: ignore[no-untyped-call]
     return out.flatten(2)
 

@@ -56,6 +56,7 @@ def linear_cross_entropy(
             raise Error(f"the fraction of hard labels is {fraction}", where="loss", fix="it lies between 0 and 1")
         ids = torch.cat([ids, labels.reshape(-1, 1)], 1)
         probs = torch.cat([probs * (1 - fraction), probs.new_full((len(ids), 1), fraction)], 1)
+    kernels(hidden)  # built here, where gradients are still on
     loss: Tensor = _LinearCrossEntropy.apply(hidden, head, ids, probs, weight, softcap, compiled)  # type: ignore[no-untyped-call]
     return loss
 

@@ -35,12 +35,16 @@ SECONDS = 120  # a build takes about five
 def kernels(x: Tensor) -> Any | None:
     """`torch.ops.gemstill` where it can work on tensors like `x`, else None: plain PyTorch it is, then.
 
+    Without gradients nothing is built here, so that a first answer never waits for a compiler; what was built
+    before is used.
+
     Raises:
         Error: GEMSTILL_KERNELS is `native` and the kernels cannot be built, or it is no known word.
     """
     if x.device.type != "cpu" or x.dtype not in DTYPES or torch.compiler.is_compiling():
         return None
-    return torch.ops.gemstill if loaded() else None
+    there = why_not() is None if torch.is_grad_enabled() else _at_hand()
+    return torch.ops.gemstill if there else None
 
 
 def loaded() -> bool:
@@ -51,13 +55,14 @@ def loaded() -> bool:
 @functools.cache
 def why_not() -> str | None:
     """Builds and loads the kernels; gives the reason where that fails. Raises Error as `kernels` does."""
-    choice = os.environ.get(CHOICE, "")
-    if choice not in ("", "native", "torch"):
-        raise Error(f"'{choice}' is no choice", where=CHOICE, fix="set it to native or torch, or leave it unset")
+    choice = _choice()
     if choice == "torch":
         return f"{CHOICE} is torch"
     try:
-        torch.ops.load_library(str(_built()))  # type: ignore[no-untyped-call]
+        library = _library()
+        if not library.exists():
+            _build(library)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except (Error, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         if choice == "native":
@@ -66,31 +71,51 @@ def why_not() -> str | None:
     return None
 
 
-def _built() -> Path:
-    """The compiled library, from the cache or made now: one for each source, compiler, processor and PyTorch."""
-    compiler = next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name
-                     and (found := shutil.which(name))), None)  # fmt: skip
-    machine = platform.machine()
-    flags = FLAGS + PROCESSOR.get(machine, ["-mcpu=native"])
-    key = [SOURCE.read_text(encoding="utf-8"), " ".join(flags), cpu_name(), machine, str(torch.__version__)]
+_tried = False  # whether `_at_hand` found the library
+
+
+def _at_hand() -> bool:
+    """Whether the kernels are loaded or can be without being built, or were asked for by name."""
+    global _tried
+    _tried = _tried or why_not.cache_info().currsize > 0 or _choice() == "native" or _library().exists()
+    return _tried and why_not() is None
+
+
+def _choice() -> str:
+    choice = os.environ.get(CHOICE, "")
+    if choice not in ("", "native", "torch"):
+        raise Error(f"'{choice}' is no choice", where=CHOICE, fix="set it to native or torch, or leave it unset")
+    return choice
+
+
+@functools.cache
+def _library() -> Path:
+    """Where the compiled kernels belong: one library for each source, flags, processor and PyTorch."""
+    key = [SOURCE.read_text(encoding="utf-8"), " ".join(_flags()), cpu_name(), str(torch.__version__)]
     name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemstill"
-    library = cache / f"kernels-{name}.so"
-    if library.exists():
-        return library
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemstill" / f"kernels-{name}.so"
+
+
+def _flags() -> list[str]:
+    return FLAGS + PROCESSOR.get(platform.machine(), ["-mcpu=native"])
+
+
+def _build(library: Path) -> None:
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise Error("there is no C++ compiler")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # several processes may build at once; all get the same
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may build at once; all get the same.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         partial = Path(folder) / library.name
-        _compile(compiler, flags, partial)
+        _compile(compiler, partial)
         os.replace(partial, library)
-    return library
 
 
-def _compile(compiler: str, flags: list[str], to: Path) -> None:
+def _compile(compiler: str, to: Path) -> None:
     root = Path(torch.__file__).parent
-    command = [compiler, *flags, f"-I{root / 'include'}", str(SOURCE), "-o", str(to)]
+    command = [compiler, *_flags(), f"-I{root / 'include'}", str(SOURCE), "-o", str(to)]
     if sys.platform == "darwin":
         command += ["-undefined", "dynamic_lookup"]
     else:
