@@ -175,7 +175,8 @@ def _check_kind(file: GgufFile) -> dict[str, Any]:
     if isinstance(kind, str) and not kind.startswith("gemma"):
         return fields  # the next check names it
     what = ""
-    if (model := fields.get("model")) != "llama":
+    model = fields.get("model")
+    if not isinstance(model, str) or model != "llama":  # a list of numbers compares to a list
         what = f"its tokenizer is of the kind {model!r:.40}, not SentencePiece's"
     elif fields.get("add_space_prefix") is True:
         what = "its tokenizer puts a space before a text, which Gemma's does not"

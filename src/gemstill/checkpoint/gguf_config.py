@@ -117,8 +117,8 @@ def from_fields(fields: Mapping[str, Any], embedding: tuple[int, ...], tied: boo
         raise Error("has no matrix token_embd.weight", where=where)
     usual = USUAL[kind]
     own = {key.removeprefix(f"{kind}."): value for key, value in fields.items() if key.startswith(f"{kind}.")}
-    if own.get("rope.scaling.type", "none") != "none" and own.get("rope.scaling.factor", 1.0) != 1.0:
-        factor = own.get("rope.scaling.factor")
+    scaling, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 1.0)
+    if not (isinstance(scaling, str) and scaling == "none") and not (isinstance(factor, int | float) and factor == 1):
         raise Error(f"positions are scaled by {factor!r:.40}, which this network does not do", where=where)
     sizes = {ours: _whole(own, theirs, where) for ours, theirs in WHOLE.items() if ours != "head_dim"}
     hidden, heads = sizes["hidden_size"], max(1, sizes["num_heads"])
