@@ -421,7 +421,11 @@ void heads(Tensor joint, Tensor cos, Tensor sin, Tensor q, Tensor k, Tensor v, d
 
 // joint [N, 2 I] T holds gate and up; out [N, I] T = gelu(gate) up, with the tanh form of gelu:
 // gelu(x) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
-inline float sigmoid_of(float x) { return 1.0f / (1.0f + exponential<true>(within(-1.5957691216f * (x + 0.044715f * x * x * x), -87.0f, 88.0f))); }
+template <bool precise>
+inline float sigmoid_of(float x) {
+  const float u = x * (-1.5957691216f - 0.0713548163f * x * x);
+  return 1.0f / (1.0f + exponential<precise>(within(u, -87.0f, 88.0f)));
+}
 
 void geglu(Tensor joint, Tensor out) {
   const int64_t I = out.size(-1), N = out.numel() / I;
@@ -435,7 +439,7 @@ void geglu(Tensor joint, Tensor out) {
 #pragma omp simd
         for (int64_t j = 0; j < I; j++) {
           const float x = load(gate[j]);
-          store(to[j], x * sigmoid_of(x) * load(up[j]));
+          store(to[j], x * sigmoid_of<exact<T>>(x) * load(up[j]));
         }
       }
     });
@@ -455,7 +459,7 @@ void geglu_backward(Tensor grad, Tensor joint, Tensor joint_grad) {
         T* to = pointer<T>(joint_grad) + 2 * i * I;
 #pragma omp simd
         for (int64_t j = 0; j < I; j++) {
-          const float x = load(gate[j]), s = sigmoid_of(x), y = load(g[j]);
+          const float x = load(gate[j]), s = sigmoid_of<exact<T>>(x), y = load(g[j]);
           const float slope = s + x * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x);
           store(to[j], y * load(up[j]) * slope);
           store(to[I + j], y * x * s);
