@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fuzz.seeds import Seed
 
 LARGEST = 2**22  # bytes of a packed case
-PATIENCE, MEBIBYTES = 20, 3000  # for one case, and of the process: beyond, libFuzzer ends it
+PATIENCE, MEBIBYTES = 60, 3000  # for one case, and of the process: beyond, libFuzzer ends it
 
 
 def there() -> bool:
@@ -126,8 +126,10 @@ def main() -> None:
             return data
         return made if len(made) <= most else data
 
-    options = {"runs": count, "seed": seed + 1, "max_len": LARGEST, "timeout": PATIENCE, "rss_limit_mb": MEBIBYTES,
-               "artifact_prefix": f"{failed}{os.sep}", "len_control": 0, "reload": 0}  # fmt: skip
+    options = {
+        "runs": count, "seed": seed + 1, "max_len": LARGEST, "timeout": PATIENCE, "report_slow_units": PATIENCE,
+        "rss_limit_mb": MEBIBYTES, "artifact_prefix": f"{failed}{os.sep}", "len_control": 0, "reload": 0,
+    }  # fmt: skip
     arguments = [sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), str(root / "corpus")]
     atheris.Setup(arguments, one, custom_mutator=another)
     atheris.Fuzz()

@@ -18,7 +18,7 @@ from fuzz.seeds import Seed, write
 from fuzz.worker import SECONDS
 from fuzz.worker import faults as broken
 
-PATIENCE = 20.0  # before a worker is ended: what takes longer has failed, how long it would take is not the matter
+PATIENCE = 60.0  # before a worker is ended; far above SECONDS, for the machine may be busy with others
 FOLDERS = ("out", "tmp", "cache", "here")  # of a worker
 START = 300.0  # seconds for a worker to come up
 

@@ -133,11 +133,11 @@ def test_the_death_of_a_worker_is_noticed_and_another_goes_on(
     runner = Runner((tmp_path / "root").resolve(), good[:1])
     try:
         for deed, what in DEADLY:
-            monkeypatch.setattr("fuzz.runner.PATIENCE", 2.0 if "sleep" in deed else 20.0)
+            monkeypatch.setattr("fuzz.runner.PATIENCE", 2.0 if "sleep" in deed else 60.0)
             verdict = runner.run(replace(good[0], files=good[0].files | {"deed.txt": deed.encode()}), save=False)
             assert verdict.failed
             assert what in verdict.what
-        monkeypatch.setattr("fuzz.runner.PATIENCE", 20.0)
+        monkeypatch.setattr("fuzz.runner.PATIENCE", 60.0)
         assert runner.run(good[0], save=True).ended == "loaded"
     finally:
         runner.close()
