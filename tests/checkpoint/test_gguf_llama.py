@@ -30,14 +30,15 @@ BARS = {"f32": 1e-5, "f16": 1e-4, "bf16": 1e-3, "q8_0": 5e-3}
 WINDOW = 256  # tokens, several times the windows of the local layers
 
 
-def open_llama(path: Path, context: int = WINDOW, **more):
-    """The file in llama.cpp, one thread, keys and values in float32."""
+def open_llama(path: Path, context: int = WINDOW, *, threads: int = 1, **more):
+    """The file in llama.cpp, keys and values in float32."""
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     open_llama.silent = silent  # it must outlive the call
     sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), context)
     kinds = dict.fromkeys(("type_k", "type_v"), llama_cpp.GGML_TYPE_F32)
-    return llama_cpp.Llama(str(path), **sizes, **kinds, n_threads=1, n_threads_batch=1, verbose=False, **more)
+    counts = dict.fromkeys(("n_threads", "n_threads_batch"), threads)
+    return llama_cpp.Llama(str(path), **(sizes | kinds | counts | more), verbose=False)
 
 
 def scores(llama, row: list[int]) -> Tensor:
