@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 CPU = torch.device("cpu")
+LETTING_GO = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ def ranks() -> Iterator[Ranks]:
         dist.barrier()  # a rank that leaves first would cut a connection another still uses
     finally:
         dist.destroy_process_group()
+        # A thread of gloo's may still hold the last tensors and wants the interpreter to let go of them: should
+        # the process end in that instant, it aborts (pytorch#179291).
+        time.sleep(LETTING_GO)
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], here: Ranks, precision: torch.dtype) -> None:
