@@ -76,14 +76,18 @@ def start(program: tuple[str, str], model: Path, dtype: str) -> Start:
     code = f"{imports}{work}\nprint(token, size, flush=True)\nimport time\nprint(time.process_time())\n{PEAK}"
     begin = time.perf_counter()
     command = [sys.executable, "-c", code, str(model), dtype]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+    ):
         assert child.stdout is not None
         first = child.stdout.readline().split()
         seconds = time.perf_counter() - begin
-        rest, errors = child.communicate()
-    if child.returncode:
-        raise SystemExit(f"a process failed:\n{errors}")
-    cpu, peak = rest.split()[-2:]
+        rest = child.stdout.read().split()
+        if child.wait():
+            errors.seek(0)
+            raise SystemExit(f"a process failed:\n{errors.read()}")
+    cpu, peak = rest[-2:]
     return Start(seconds, float(cpu), float(peak), first[0], int(first[1]))
 
 
