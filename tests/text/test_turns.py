@@ -298,7 +298,16 @@ def test_the_child_limits_itself_and_dies_with_an_interrupted_parent() -> None:
     code = f"""
 import os, signal, threading, time
 from gemstill.text.template import Case, layouts
-threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+def interrupt():
+    while True:
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            break
+        except ChildProcessError:  # there is no child yet
+            time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
 try:
     layouts({HOSTILE["never ends"]!r}, [Case(("user",), True)], ())
 except KeyboardInterrupt:
