@@ -18,13 +18,21 @@ from gemstill.ops.loss import linear_cross_entropy, log_probs
 from gemstill.ops.target import Target
 
 Readout = Callable[[Tensor, Tensor, float | None], Any]
+ROWS = 1 << 13  # of a head that is cast, at once
 
 
 def logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
     """The logits [B, T, V] of every position, capped; float32, or float64 for float64."""
-    out = F.linear(hidden, head.to(hidden.dtype))
+    out = _projected(hidden, head)
     out = out if out.dtype == torch.float64 else out.float()
     return out if softcap is None else softcap * torch.tanh(out / softcap)
+
+
+def _projected(hidden: Tensor, head: Tensor) -> Tensor:
+    if head.dtype == hidden.dtype or torch.is_grad_enabled():
+        return F.linear(hidden, head.to(hidden.dtype))
+    # The head is the largest matrix; cast as a whole it would lie in memory twice.
+    return torch.cat([F.linear(hidden, rows.to(hidden.dtype)) for rows in head.split(ROWS)], -1)
 
 
 def last_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:

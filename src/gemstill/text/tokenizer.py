@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from gemstill.core import files
+from gemstill.core.allocator import give_back_freed_memory
 from gemstill.core.errors import Error
 from gemstill.text import settings
 from gemstill.text.pipeline import check_file, check_parts
@@ -25,6 +26,7 @@ from gemstill.text.words import SPACE, any_of, finest_cut, whole
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 CACHE = 1 << 23  # characters of words whose ids are remembered: text is the same few words again and again
 LITTLE = 1 << 16  # characters
+LARGE = 1 << 15  # entries; a vocabulary of 262,144 takes 400 MiB to read and 100 once it is read
 MOST_SYMBOLS = 10_000  # user-defined ones, each of which is looked for everywhere in a text
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -73,6 +75,8 @@ class Tokenizer:
         self._known: dict[str, list[int]] = {}
         self._cached = 0  # characters in `_known`
         self.forget()
+        if self.vocab_size > LARGE:
+            give_back_freed_memory()
 
     @staticmethod
     def open(path: str | Path) -> Tokenizer:
