@@ -32,7 +32,7 @@ def _projected(hidden: Tensor, head: Tensor) -> Tensor:
     if head.dtype == hidden.dtype or torch.is_grad_enabled():
         return F.linear(hidden, head.to(hidden.dtype))
     # The head is the largest matrix; cast as a whole it would lie in memory twice.
-    return torch.cat([F.linear(hidden, rows.to(hidden.dtype)) for rows in head.split(ROWS)], -1)
+    return torch.cat([F.linear(hidden, rows.to(hidden.dtype)) for rows in torch.split(head, ROWS)], -1)
 
 
 def last_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
