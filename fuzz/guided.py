@@ -7,6 +7,7 @@ limits end it when a case crashes, hangs or takes memory that no Python sees.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -92,10 +93,8 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["gemstill"]):
-        import gemstill.checkpoint.gguf
-        import gemstill.checkpoint.google
-        import gemstill.checkpoint.source
-        import gemstill.text.turns  # noqa: F401
+        for name in ("checkpoint.gguf", "checkpoint.google", "checkpoint.source", "text.turns"):
+            importlib.import_module(f"gemstill.{name}")
     from fuzz import cases, worker
     from fuzz.seeds import write
 

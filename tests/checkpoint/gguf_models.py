@@ -10,7 +10,7 @@ import torch
 
 from gemstill.model.config import PRESETS, ModelConfig
 from gemstill.model.transformer import Transformer
-from tests.model.reference import roughen
+from tests.model import reference
 
 ROWS = 384  # of the embedding: 64 more than the small tokenizer has entries
 GEMMA2 = replace(PRESETS["mini-1m"], vocab_size=ROWS, hidden_size=64, intermediate_size=96, sliding_window=32)
@@ -23,15 +23,13 @@ BOTH = {"gemma2": GEMMA2, "gemma3": GEMMA3}
 
 def network(config: ModelConfig, *, rough: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
     """Rough weights, or fresh ones with a gain of its own for each norm."""
-    model = Transformer(config)
     if rough:
-        roughen(model)
-    else:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return reference.network(config, dtype)
+    model, generator = Transformer(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.to(dtype).eval()
 
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -47,9 +48,9 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, hub: Hub, *parts: object) -> None:
+    def __init__(self, hub: Hub, *parts: Any) -> None:
         self.hub = hub
-        super().__init__(*parts)  # type: ignore[arg-type]
+        super().__init__(*parts)
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: pytest's output is for other things."""

@@ -23,17 +23,11 @@ from gemstill.core.errors import Error
 from gemstill.core.notices import Notice
 from gemstill.model.config import PRESETS
 from gemstill.model.transformer import Transformer
-from tests.model.reference import BASE, GEMMA3, copy_of, roughen, text
+from tests.model.reference import BASE, GEMMA3, copy_of, network, text
 from tests.model.tokenizers import small_tokenizer
 
 SMALL = replace(BASE, vocab_size=384)
 SMALL3 = replace(GEMMA3, vocab_size=384)
-
-
-def network(config, dtype=torch.float32):
-    model = Transformer(config)
-    roughen(model)
-    return model.to(dtype)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from gemstill.checkpoint.source import load
 from gemstill.core.errors import Error
 from gemstill.model.config import PRESETS
 from gemstill.model.transformer import Transformer
-from tests.model.reference import BASE, GEMMA3, roughen, text
+from tests.model.reference import BASE, GEMMA3, network, text
 from tests.model.tokenizers import small_tokenizer
 
 SMALL = replace(BASE, vocab_size=384, query_pre_attn_scalar=24)
@@ -38,12 +38,6 @@ def their_layout(model):
     angles = torch.outer(torch.arange(32), torch.ones(model.config.head_dim // 2))
     tables = ("local_freqs_cis", "global_freqs_cis") if model.config.qk_norm else ("freqs_cis",)
     return out | {name: torch.polar(torch.ones_like(angles), angles) for name in tables}
-
-
-def network(config, dtype=torch.float32):
-    model = Transformer(config)
-    roughen(model)
-    return model.to(dtype)
 
 
 def put(folder, state, config=SMALL):

@@ -15,20 +15,13 @@ from gemstill.checkpoint.hf_config import from_hf, to_hf
 from gemstill.checkpoint.huggingface import load_folder, save_folder
 from gemstill.core.errors import Error
 from gemstill.model.config import PRESETS
-from gemstill.model.transformer import Transformer
 from gemstill.text.tokenizer import Tokenizer
-from tests.model.reference import BASE, GEMMA3, grid, name_of, roughen, text
+from tests.model.reference import BASE, GEMMA3, grid, name_of, network, text
 from tests.model.tokenizers import TEXT, small_tokenizer
 
 TOKENIZER_SIZE = 320
 SMALL = replace(BASE, vocab_size=384, query_pre_attn_scalar=24)  # padded rows
 SMALL3 = replace(GEMMA3, vocab_size=TOKENIZER_SIZE)
-
-
-def network(config, dtype=torch.float32):
-    model = Transformer(config)
-    roughen(model)
-    return model.to(dtype)
 
 
 @pytest.fixture

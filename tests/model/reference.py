@@ -79,12 +79,17 @@ def roughen(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.copy_(noise * factor * parameter.shape[1] ** -0.5)
 
 
-@cache
-def ours(config: ModelConfig, seed: int = 0) -> Transformer:
-    """Our network with rough weights. Shared between tests: leave its weights alone."""
+def network(config: ModelConfig, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Transformer:
+    """Our network with rough weights, one of its own for each call."""
     model = Transformer(config)
     roughen(model, seed)
-    return model.eval()
+    return model.to(dtype).eval()
+
+
+@cache
+def ours(config: ModelConfig, seed: int = 0) -> Transformer:
+    """The same, shared between tests: leave its weights alone."""
+    return network(config, seed=seed)
 
 
 @cache

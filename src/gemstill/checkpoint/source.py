@@ -78,6 +78,10 @@ def find(source: str | Path) -> Path:
 def shape_of(source: str | Path) -> ModelConfig:
     """The network that `source` holds, without its weights where that can be. Raises Error as `load` does."""
     path = find(source)
+    if path.is_file() and path.suffix not in GOOGLE:
+        from gemstill.checkpoint.gguf import read_gguf_config
+
+        return read_gguf_config(path)
     return read_config(path) if (path / CONFIG).is_file() else load(path)[0].config
 
 

@@ -35,12 +35,13 @@ def linear_cross_entropy(
 
     hidden: [N, D] float32, bfloat16 or float64; products are taken in its dtype. head: [V, D], any float
     dtype. target: N rows. hard: (labels [N] int64, fraction f) learns from (1 − f)·target + f·label.
-    compiled: fuse the elementwise work by torch.compile: seconds at the first call, less time at each later one.
+    compiled: where no native kernel does the elementwise work, fuse it by torch.compile: seconds at the first call.
     Returns a scalar in float32 (float64 for float64). Gradients flow to hidden and head; the head's is
     summed in float32. They are computed with the loss, tile by tile, so that no logits are kept.
 
     Raises:
         Error: shapes that do not fit, or a fraction outside [0, 1].
+        RuntimeError: an id of the target outside [0, V).
     """
     ids, probs, weight = target
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:

@@ -71,14 +71,10 @@ def why_not() -> str | None:
     return None
 
 
-_tried = False  # whether `_at_hand` found the library
-
-
 def _at_hand() -> bool:
     """Whether the kernels are loaded or can be without being built, or were asked for by name."""
-    global _tried
-    _tried = _tried or why_not.cache_info().currsize > 0 or _choice() == "native" or _library().exists()
-    return _tried and why_not() is None
+    known = why_not.cache_info().currsize > 0
+    return (known or _choice() == "native" or _library().exists()) and why_not() is None
 
 
 def _choice() -> str:
