@@ -206,7 +206,7 @@ class Transformer(nn.Module):
         documents = torch.zeros_like(tokens) if documents is None else documents.long()
         ordered = positions is None
         if positions is None:
-            positions = _count(documents, cache)
+            positions = count_positions(documents, cache)
         theta = self.config.rope_theta
         angles = rotary_angles(positions, self.config.head_dim, theta)
         local = self.config.rope_local_theta
@@ -238,7 +238,7 @@ class Transformer(nn.Module):
         return (readout or logits)(self.norm(x), head, self.config.final_logit_softcap)
 
 
-def _count(documents: Tensor, cache: Cache | None) -> Tensor:
+def count_positions(documents: Tensor, cache: Cache | None = None) -> Tensor:
     """Positions that count up within each document; with a cache, from where each of its rows stands."""
     if cache is not None:
         real = (documents >= 0).long()
