@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gemstill.model.config import ModelConfig
     from gemstill.model.transformer import Transformer
     from gemstill.ops.loss import linear_cross_entropy
-    from gemstill.ops.target import Target
+    from gemstill.ops.target import OnlineTarget, Target
     from gemstill.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Error": "core.errors",
     "ModelConfig": "model.config",
+    "OnlineTarget": "ops.target",
     "Store": "distill.store",
     "Target": "ops.target",
     "Tokenizer": "text.tokenizer",
@@ -38,6 +39,7 @@ _HOMES = {
 __all__ = [
     "Error",
     "ModelConfig",
+    "OnlineTarget",
     "Store",
     "Target",
     "Tokenizer",

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemstill.core.errors import Error
+from gemstill.ops import logits
 from gemstill.ops import loss as room
 from gemstill.ops.loss import linear_cross_entropy, log_probs
-from gemstill.ops.target import Target
+from gemstill.ops.target import OnlineTarget, Target
 
 
 def plain(hidden, head, target, softcap=None, hard=None):
@@ -43,6 +44,13 @@ def inputs(rows, width, vocab, slots, seed=0, dtype=torch.float64):
     return hidden.to(dtype), head.to(dtype), Target(ids, probs, weight)
 
 
+def blocks(monkeypatch, rows, vocab):
+    """Products over `rows` tokens at once, plain operations over half of them."""
+    monkeypatch.setattr(room, "ROWS", rows)
+    monkeypatch.setattr(room, "ELEMENTS", 0)
+    monkeypatch.setattr(logits, "TILE", rows // 2 * vocab)
+
+
 def gradients(function, hidden, head, *args, **options):
     hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
     loss = function(hidden, head, *args, **options)
@@ -63,11 +71,11 @@ def relative(a, b):
 @pytest.mark.parametrize("slots", [1, 3])
 def test_gradcheck(softcap, fraction, slots, monkeypatch):
     hidden, head, target = inputs(6, 4, 9, slots)
-    monkeypatch.setattr(room, "TILE", 2 * 9)
+    blocks(monkeypatch, 2, 9)
     hard = None if fraction is None else (torch.arange(6), fraction)
     leaves = (hidden.requires_grad_(), head.requires_grad_())
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, target, softcap=softcap, hard=hard) * 1.7, leaves
+        lambda h, w: linear_cross_entropy(h, w, target, softcap=softcap, hard=hard) * 1.7, leaves, nondet_tol=1e-12
     )
 
 
@@ -78,7 +86,7 @@ def test_value_and_gradients(shape, softcap, fraction, tile, monkeypatch):
     labels = torch.randint(shape[2], (shape[0],), generator=torch.Generator().manual_seed(5))
     options = {"softcap": softcap, "hard": None if fraction is None else (labels, fraction)}
     if tile:
-        monkeypatch.setattr(room, "TILE", tile * shape[2])
+        blocks(monkeypatch, tile, shape[2])
     exact = gradients(plain, hidden, head, target, **options)
     for ours, theirs in zip(gradients(linear_cross_entropy, hidden, head, target, **options), exact, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
@@ -127,7 +135,7 @@ def test_head_gradient_is_summed_in_float32(monkeypatch):
     hidden = hidden.abs().bfloat16() / 64
     target = Target.hard(torch.zeros(2048, dtype=torch.int64))
     exact = gradients(plain, hidden.double(), head.bfloat16().double(), target)[2]
-    monkeypatch.setattr(room, "TILE", 16)  # one row a tile
+    blocks(monkeypatch, 1, 16)
     for stored in (torch.float32, torch.bfloat16):
         d_head = gradients(linear_cross_entropy, hidden, head.bfloat16().to(stored), target)[2]
         assert d_head.dtype == stored
@@ -139,7 +147,7 @@ def test_tied_head(tile, monkeypatch):
     """The head is the embedding too: its gradients from both ends add up."""
     _, head, target = inputs(10, 6, 17, 3)
     tokens = torch.arange(10)
-    monkeypatch.setattr(room, "TILE", tile * 17)
+    blocks(monkeypatch, tile, 17)
     results = []
     for function in (plain, linear_cross_entropy):
         weight = head.clone().requires_grad_()
@@ -190,7 +198,7 @@ def test_never_holds_tokens_by_vocabulary(slots, monkeypatch):
     with Largest() as seen:  # the instrument works: the plain formula is caught
         plain(hidden, head, target).backward()
     assert seen.elements >= rows * vocab
-    monkeypatch.setattr(room, "TILE", 10 * vocab)
+    blocks(monkeypatch, 10, vocab)
     labels = torch.zeros(rows, dtype=torch.int64)
     with Largest() as seen:
         linear_cross_entropy(hidden, head, target, softcap=30.0, hard=(labels, 0.1)).backward()
@@ -231,7 +239,7 @@ def test_no_rows():
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_log_probs(softcap, tile, monkeypatch):
     hidden, head, target = inputs(9, 4, 30, 1)
-    monkeypatch.setattr(room, "TILE", tile * 30)
+    blocks(monkeypatch, tile, 30)
     z = hidden @ head.T
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     expected = z.log_softmax(1).gather(1, target.ids)[:, 0]
@@ -247,6 +255,35 @@ def test_compiled_is_the_same(softcap, dtype):
     fused = gradients(linear_cross_entropy, hidden, head, target, softcap=softcap, compiled=True)
     for a, b in zip(eager, fused, strict=True):
         assert relative(a.double(), b.double()) <= (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def plain_online(hidden, head, teacher, softcap=None, temperature=1.0, hard=None):
+    def log_softmax(hidden, head, softcap, temperature):
+        z = hidden @ head.T
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        return (z / temperature).log_softmax(1)
+
+    q = log_softmax(hidden, head, softcap, temperature)
+    p = log_softmax(teacher.hidden.to(q.dtype), teacher.head.to(q.dtype), teacher.softcap, teacher.temperature)
+    rows = -(p.exp() * q).sum(1)
+    if hard is not None:
+        rows = (1 - hard[1]) * rows - hard[1] * q.gather(1, hard[0][:, None])[:, 0]
+    return (rows * teacher.weight.to(q.dtype)).sum()
+
+
+@pytest.mark.parametrize("tile", [2, 1000])
+@pytest.mark.parametrize(
+    ("caps", "temperatures"), [((None, None), (1, 1)), ((30.0, 4.0), (1, 2)), ((5.0, None), (0.7, 1))]
+)
+def test_online(caps, temperatures, tile, monkeypatch):
+    hidden, head, target = inputs(9, 4, 30, 1)
+    g = torch.Generator().manual_seed(3)
+    theirs = [torch.randn(n, 7, generator=g, dtype=torch.float64) for n in (9, 30)]
+    teacher = OnlineTarget(*theirs, caps[0], temperatures[0], target.weight)
+    options = {"softcap": caps[1], "temperature": temperatures[1], "hard": (target.ids[:, 0], 0.25)}
+    blocks(monkeypatch, tile, 30)
+    expected = gradients(plain_online, hidden, head, teacher, **options)
+    torch.testing.assert_close(gradients(linear_cross_entropy, hidden, head, teacher, **options), expected)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemstill.ops.loss import linear_cross_entropy, log_probs
-from gemstill.ops.target import Target
+from gemstill.ops.target import OnlineTarget, Target
 
 Readout = Callable[[Tensor, Tensor, float | None], Any]
 ROWS = 1 << 13  # of a head that is cast, at once
@@ -44,7 +44,7 @@ def last_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
 class Loss:
     """The weighted sum of cross-entropies to a target of B·T rows: a float32 scalar (see linear_cross_entropy)."""
 
-    target: Target
+    target: Target | OnlineTarget
     hard: tuple[Tensor, float] | None = None
     compiled: bool = False
 

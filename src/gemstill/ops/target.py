@@ -1,4 +1,4 @@
-"""What a student learns from at each position: a few entries of a distribution."""
+"""What a student learns from at each position: a few entries of a distribution, or a teacher that is at hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+IGNORED = -100  # the label of a position that does not count, as torch and transformers have it
 
 
 class Target(NamedTuple):
@@ -23,7 +25,23 @@ class Target(NamedTuple):
 
     @staticmethod
     def hard(labels: Tensor, weight: Tensor | None = None) -> Target:
-        """The target that puts all probability on `labels` [N] int64."""
+        """The target that puts all probability on `labels` (N of them) int64; a label of -100 has weight 0."""
         ids = labels.reshape(-1, 1)
         weight = torch.ones(len(ids), device=ids.device) if weight is None else weight.reshape(-1).float()
-        return Target(ids, torch.ones(ids.shape, device=ids.device), weight)
+        ignored = ids == IGNORED
+        return Target(ids.masked_fill(ignored, 0), (~ignored).float(), weight * ~ignored[:, 0])
+
+
+class OnlineTarget(NamedTuple):
+    """A dense target for each of N positions, given by the teacher's own last hidden states and head.
+
+    The distribution is softmax(cap(hidden·headᵀ) / temperature), made where it is needed and never kept.
+    hidden: [N, Dt] in the dtype of the teacher's products. head: [V, Dt], any float dtype. softcap: the
+    teacher's, None for none. temperature: above 0. weight: [N] float32 as in Target. No gradient flows here.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    softcap: float | None
+    temperature: float
+    weight: Tensor
