@@ -49,9 +49,10 @@ class Loss:
     compiled: bool = False
 
     def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
-        return linear_cross_entropy(
+        loss: Tensor = linear_cross_entropy(
             hidden.flatten(0, 1), head, self.target, softcap=softcap, hard=self.hard, compiled=self.compiled
         )
+        return loss
 
 
 @dataclass(frozen=True)

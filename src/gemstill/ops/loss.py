@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +17,9 @@ ROWS = 512  # tokens whose raw logits are held at once, in the products' dtype
 ELEMENTS = 1 << 22  # of them, where the vocabulary is small enough for more rows
 
 Rest = Literal["drop", "renormalise", "bucket"]
-Reduction = Literal["sum", "mean", "none"]
+Reduction = Literal["sum", "mean", "none", "sum_and_weight"]
 
 
-@overload
 def linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -32,33 +31,6 @@ def linear_cross_entropy(
     hard: tuple[Tensor, float] | None = None,
     rest: Rest = "drop",
     reduction: Reduction = "sum",
-    compiled: bool = False,
-) -> Tensor: ...
-@overload
-def linear_cross_entropy(
-    hidden: Tensor,
-    head: Tensor,
-    target: Target | OnlineTarget,
-    *,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    weight: Tensor | None = None,
-    hard: tuple[Tensor, float] | None = None,
-    rest: Rest = "drop",
-    reduction: Literal["sum_and_weight"],
-    compiled: bool = False,
-) -> tuple[Tensor, Tensor]: ...
-def linear_cross_entropy(
-    hidden: Tensor,
-    head: Tensor,
-    target: Target | OnlineTarget,
-    *,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    weight: Tensor | None = None,
-    hard: tuple[Tensor, float] | None = None,
-    rest: Rest = "drop",
-    reduction: str = "sum",
     compiled: bool = False,
 ) -> Any:
     """Cross-entropy from a target to softmax(cap(hidden·headᵀ) / temperature), over rows.
