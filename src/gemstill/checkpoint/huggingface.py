@@ -125,7 +125,7 @@ def save_folder(
     config = model.config
     check_vocabulary(config, tokenizer, folder)
     described = to_hf(config)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     tensors = {_their_name(name): parameter.detach() for name, parameter in model.named_parameters()}
     _check_dtype(config, tensors, dtype, folder)
     dtypes = {str(dtype or tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
@@ -158,7 +158,7 @@ def _check_dtype(config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.d
         raise Error(f"weights overflow float16: {listed(large)}", where=folder, fix="take bfloat16")
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Let `save_folder` replace nothing but an empty folder or a checkpoint of its own."""
     if not folder.is_dir():
         return  # `writing` refuses a file

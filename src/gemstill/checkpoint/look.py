@@ -88,7 +88,7 @@ def expect_model(source: str | Path) -> Found:
         raise Error(f"holds {NAMES[found.kind]}, not a model", where=source, fix=fix)
     if found.kind == "folder":
         read_config(found.path)
-    if found.kind == "gguf" and not (name := _architecture(found.path)).startswith("gemma"):
+    if found.kind == "gguf" and not (name := gguf_architecture(found.path)).startswith("gemma"):
         from gemstill.checkpoint.gguf_config import ARCHITECTURES
 
         fix = f"only {' and '.join(ARCHITECTURES)} can be opened"
@@ -102,7 +102,7 @@ def refuse_state(path: Path) -> Error:
     return Error("is a training state, which is read by pickle and so by its own run alone", where=path, fix=fix)
 
 
-def _architecture(path: Path) -> str:
+def gguf_architecture(path: Path) -> str:
     """The architecture of a GGUF file if that is its first field, as most writers have it, else "gemma"."""
     key = b"general.architecture"
     with path.open("rb") as handle:
