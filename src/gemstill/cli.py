@@ -59,6 +59,14 @@ COMMANDS = {
         "distill.teach:TeachConfig",
         made="output",
     ),
+    "prune": Command(
+        "make a smaller model of one: the blocks and MLP channels that matter least on text are left out",
+        "distill.prune",
+        "distill.prune:PruneConfig",
+        places=("source", "target"),
+        made="target",
+        resumes=False,
+    ),
     "generate": Command(
         "write on from a prompt, or from many",
         "infer.command",
