@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ from safetensors.numpy import save
 
 from gemstill.core import files
 from gemstill.core.errors import Error
+from gemstill.distill import code
+from gemstill.distill.block import TENSORS, Rows, block_path, decode, encode, write_block
+from gemstill.distill.code import IdCode
 from gemstill.distill.estimators import Estimator
-from gemstill.distill.store import Store, StoreInfo, block_path, encode, write_block, write_index
+from gemstill.distill.store import Store, StoreInfo, write_index
+from gemstill.ops.target import Target
 
 VOCAB, TOKENS, WINDOW, BLOCK = 37, 700, 16, 320
 
@@ -56,6 +61,7 @@ def make(folder, made, probs=None):
     estimator = Estimator.parse(made.estimator)
     generator = torch.Generator().manual_seed(7)
     u = torch.rand(made.num_tokens, estimator.uniforms + 1, dtype=torch.float64, generator=generator)
+    code.write(folder, IdCode.of(Stream(), estimator.entries))
     write_index(folder, made, None)
     for block in range(made.num_blocks):
         first, stop = made.span(block)
@@ -66,7 +72,7 @@ def make(folder, made, probs=None):
 
 
 def as_dense(target):
-    return torch.zeros(len(target.ids), VOCAB).scatter_add_(1, target.ids, target.probs)
+    return torch.zeros(len(target.ids), VOCAB, dtype=target.probs.dtype).scatter_add_(1, target.ids, target.probs)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +87,7 @@ def test_round_trip(tmp_path, estimator):
     whole = store[:]
     torch.testing.assert_close(whole.probs.sum(1), torch.ones(TOKENS), rtol=0, atol=1e-6)
     torch.testing.assert_close(
-        as_dense(whole), as_dense(draw.target()), rtol=0, atol=0 if "sample" in estimator else 1 / 4095
+        as_dense(whole), as_dense(draw.target()), rtol=0, atol=0 if "sample" in estimator else 1 / made.units
     )
     assert whole.ids.dtype == torch.int64
     assert torch.equal(whole.weight, torch.ones(TOKENS))
@@ -93,31 +99,33 @@ def test_round_trip(tmp_path, estimator):
     assert torch.equal(as_dense(windows), torch.cat([as_dense(whole)[s : s + 48] for s in starts]))
 
 
-def test_weights_are_rounded_without_bias():
-    made = info(num_tokens=1)
-    probs = peaked([5]).expand(40_000, -1)
-    draw = Estimator.parse(made.estimator)(probs, torch.full((len(probs), 1), 0.3, dtype=torch.float64))
-    u = torch.rand(len(probs), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    codes = encode(draw, made, u).weights.reshape(len(probs), -1) / 4095
-    exact = draw.probs[0, : draw.exact[0]].numpy()
-    assert np.abs(codes - exact).max() < 1 / 4095
-    # Standard error ≤ 1/2/4095/200 = 6e-7; plain rounding would be wrong by 6e-5 in the mean.
-    assert np.abs(codes.mean(0) - exact).max() < 3e-6
+@pytest.mark.parametrize("estimator", ["threshold(0.1)", "threshold(0.3)", "topk(37)"])
+def test_weights_are_rounded_without_bias(estimator):
+    made = info(num_tokens=1, estimator=estimator)
+    probs = peaked([5])
+    draw = Estimator.parse(estimator)(probs, torch.full((1, 1), 0.3, dtype=torch.float64))
+    draw = type(draw)(*(part.expand(40_000, *part.shape[1:]) for part in draw))
+    u = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ids, stored = decode([encode(draw, made, u)], made.units)
+    stored = as_dense(Target(torch.from_numpy(ids), torch.from_numpy(stored).double(), u))
+    known = as_dense(draw.target())
+    assert float((stored - known).abs().max()) < 1 / made.units
+    # A standard error is at most 1/2/units/200; plain rounding would be wrong by a fourth of a unit in the mean.
+    assert float((stored.mean(0) - known[0]).abs().max()) < 4.5 / 400 / made.units
+    assert float(stored.std(0).max()) <= 0.51 / made.units
 
 
 def test_bytes_are_few(tmp_path):
+    """At a vocabulary of 37, whose ids say little: a bit and a half more an entry than their own entropy."""
     make(tmp_path, info())
     store = Store.open(tmp_path)
-    draw = store[:]
-    entries = (draw.probs > 0).sum().item()
-    payload = sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
-    # Two bytes of counts, six bits an id, at most twelve a weight; what a header takes is no matter in a real block.
-    assert payload < TOKENS * 2 + entries * 18 / 8 + made_headers(store)
+    payload = sum(path.stat().st_size for path in (tmp_path / "data").iterdir()) - 600 * store.info.num_blocks
+    whole = store[:]
+    entries, used = int((whole.probs > 0).sum()), np.bincount(whole.ids[whole.probs > 0], minlength=VOCAB)
+    share = used / used.sum()
+    entropy = -(share * np.log2(share)).sum()
+    assert payload * 8 < entries * (entropy + 1 + 4.5 * 0.5)
     assert store.bytes_per_token > payload / TOKENS
-
-
-def made_headers(store):
-    return 500 * store.info.num_blocks
 
 
 @pytest.mark.parametrize("block", [0, 2])
@@ -140,7 +148,7 @@ def test_a_broken_block_is_named(tmp_path, what):
         path.unlink()
     else:
         other = block_path(tmp_path, 0).read_bytes()
-        foreign = save({"counts": np.zeros((BLOCK, 2)), "ids": np.zeros(3), "weights": np.zeros(3)}, {"gemstill": "[]"})
+        foreign = save({name: np.zeros(3) for name in TENSORS}, {"gemstill": "[]"})
         bad = {"short": data[:-30], "empty": b"", "swapped": other, "noise": b"\xff" * 900, "foreign": foreign}
         path.write_bytes(bad[what])
     store = Store.open(tmp_path)
@@ -151,13 +159,38 @@ def test_a_broken_block_is_named(tmp_path, what):
         store.verify()
 
 
-def test_entries_outside_the_vocabulary_are_refused(tmp_path):
-    made = info()
-    make(tmp_path, made)
+def forged(folder, rows, **changes):
+    """A store of one block with these rows, whose files all have the right SHA-256."""
+    made = info(num_tokens=len(rows.counts), estimator="threshold(0.1)", **changes)
+    ids = np.arange(made.vocab_size)
+    code.write(folder, IdCode(made.vocab_size, ids[:9].astype(np.uint32), np.array([3, 6], np.uint8)))
+    write_index(folder, made, None)
+    write_block(folder, made, 0, [rows])
+    write_index(folder, made, [files.sha256(block_path(folder, 0))])
+    return Store.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("ids", "own", "what"),
+    [
+        ([3, 20, 20], [16, 0, 0], "names an entry twice"),
+        ([3, 20, 21], [16, 16, 0], "do not sum to one"),  # nothing is left for the third
+        ([3, 20, 21], [9, 4, 2], "do not sum to one"),  # something is left for nobody
+        ([3, 20, 21], [9, 8, 8], "do not sum to one"),  # more than one
+        ([3, 20, 41], [9, 0, 0], "names entry 41 of a vocabulary of 37"),
+    ],
+)
+def test_rows_that_are_no_distributions_are_found(tmp_path, ids, own, what):
+    rows = Rows(np.array([1, 3]), np.array([5, *ids], np.uint32), np.array([16, *own], np.uint32))
+    forged(tmp_path, rows, vocab_size=64, stored_vocab_size=64)
     record = json.loads((tmp_path / "store.json").read_text())
-    (tmp_path / "store.json").write_text(json.dumps(record | {"vocab_size": 33}))
-    with pytest.raises(Error, match="vocabulary of 33"):
-        Store.open(tmp_path)[:]
+    (tmp_path / "store.json").write_text(json.dumps(record | {"vocab_size": VOCAB}))
+    store = Store.open(tmp_path)
+    assert store[0:1].ids.tolist() == [[5]]
+    with pytest.raises(Error, match=f"block-000000.*{what}"):
+        store[0:2]
+    with pytest.raises(Error, match=f"block-000000.*{what}"):
+        store.verify()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +230,7 @@ def test_a_store_shifted_by_one_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": "x"}, {"version": 2}, {"window": "16"}, {"seed": True}, {"blocks": []}, {"complete": False},
+    "change", [{"format": "x"}, {"version": 1}, {"window": "16"}, {"seed": True}, {"blocks": []}, {"complete": False},
                {"estimator": "best(1)"}, {"block_tokens": 100}, {"vocab_size": 1 << 30}, {"num_tokens": 10_000}],
 )  # fmt: skip
 def test_an_index_that_lies_is_refused(tmp_path, change):
@@ -224,3 +257,22 @@ def test_rows_outside_are_refused(tmp_path):
     with pytest.raises(Error, match="plain range"):
         store[::2]
     assert store[900:].ids.shape == (0, 1)
+
+
+@pytest.mark.parametrize("estimator", ["threshold(0.1)", "sample(9)", "topk(5)"])
+def test_the_reader_of_the_docs_reads_the_same(tmp_path, estimator):
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    reader = page.split("```python\n")[1].split("```")[0]
+    body = reader[reader.index("def read") :]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 30
+    names: dict = {}
+    exec(reader, names)
+    made = info(estimator=estimator)
+    make(tmp_path, made)
+    store = Store.open(tmp_path)
+    for block in range(made.num_blocks):
+        first, stop = made.span(block)
+        row, ids, probs = names["read"](tmp_path, block)
+        known = np.zeros((stop - first, VOCAB))
+        known[row, ids] = probs
+        torch.testing.assert_close(torch.from_numpy(known).float(), as_dense(store[first:stop]), rtol=0, atol=1e-6)

@@ -17,7 +17,8 @@ from gemstill.core.files import locked
 from gemstill.data.dataset import TokenDataset
 from gemstill.data.shards import write_dataset
 from gemstill.distill import teach as module
-from gemstill.distill.store import Store, block_path
+from gemstill.distill.block import block_path
+from gemstill.distill.store import Store
 from gemstill.distill.teach import TeachConfig, begin, describe, plan, run, teach_block, teach_model
 from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
@@ -75,7 +76,7 @@ def test_each_row_is_the_teachers_in_its_document_and_window(tmp_path, temperatu
     store = teach_model(model, stream, tmp_path, info)
     ids, probs, _ = store[:]
     stored = torch.zeros(TOKENS, VOCAB).scatter_add_(1, ids, probs)
-    torch.testing.assert_close(stored, teacher_rows(model, stream, temperature), rtol=0, atol=1 / 4095 + 1e-5)
+    torch.testing.assert_close(stored, teacher_rows(model, stream, temperature), rtol=0, atol=1 / 256 + 1e-5)
     assert (store.info.stored_vocab_size, store.info.vocab_size) == (PADDED, VOCAB)
     store.verify()
 
@@ -101,7 +102,7 @@ def test_bytes_depend_on_teacher_block_and_seed_alone(tmp_path):
     info = describe(model, stream, **settings())
     teach_model(model, stream, tmp_path / "a", info)
     (tmp_path / "b").mkdir()
-    begin(tmp_path / "b", info)
+    begin(tmp_path / "b", info, stream)
     for block in (2, 0):  # out of order, as another worker would
         teach_block(model, stream, tmp_path / "b", info, block)
     with pytest.raises(Error, match="not finished"):
@@ -109,7 +110,7 @@ def test_bytes_depend_on_teacher_block_and_seed_alone(tmp_path):
     teach_model(model, stream, tmp_path / "b", info)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert set(contents(tmp_path / "a")) == {
-        "README.md", "store.json", *(f"data/block-00000{i}.safetensors" for i in range(3))
+        "README.md", "code.safetensors", "store.json", *(f"data/block-00000{i}.safetensors" for i in range(3))
     }  # fmt: skip
     other = teach_model(model, stream, tmp_path / "c", describe(model, stream, **settings(seed=1)))
     assert other.digests != Store.open(tmp_path / "a").digests
@@ -189,7 +190,7 @@ def test_a_teacher_that_gives_nan_is_named_with_its_block_and_nothing_is_written
 )
 def test_a_store_begun_with_other_settings_is_refused_with_the_difference(tmp_path, change):
     model, stream = tiny(), Stream()
-    begin(tmp_path, describe(model, stream, **settings()))
+    begin(tmp_path, describe(model, stream, **settings()), stream)
     ((name, value),) = change.items()
     with pytest.raises(Error, match=f"{name} .* became {value}".replace("(", r"\(").replace(")", r"\)")):
         teach_model(model, stream, tmp_path, describe(model, stream, **settings(**change)))
@@ -197,7 +198,7 @@ def test_a_store_begun_with_other_settings_is_refused_with_the_difference(tmp_pa
 
 def test_another_teacher_of_the_same_shape_is_refused(tmp_path):
     stream = Stream()
-    begin(tmp_path, describe(tiny(), stream, **settings()))
+    begin(tmp_path, describe(tiny(), stream, **settings()), stream)
     with pytest.raises(Error, match="teacher_fingerprint"):
         teach_model(tiny(seed=1), stream, tmp_path, describe(tiny(seed=1), stream, **settings()))
 
@@ -261,7 +262,7 @@ def test_from_folders_to_a_folder(folders, tmp_path):
     assert figures["tokens"] == len(store) == dataset.num_tokens
     assert figures["blocks"] == store.info.num_blocks == -(-len(store) // 2048)
     assert plan(config)["flops"] == 0
-    assert store.bytes_per_token < figures["bytes_per_token_at_most"] + 5000 / len(store) * store.info.num_blocks
+    assert store.bytes_per_token < 1.2 * figures["bytes_per_token_about"] + 5000 / len(store) * store.info.num_blocks
     card = (config.output / "README.md").read_text()
     assert card.startswith("---\nlicense: gemma\n")
     assert dataset.fingerprint in card
@@ -273,7 +274,7 @@ def test_from_folders_to_a_folder(folders, tmp_path):
     target = store[0:32]
     stored = torch.zeros(32, 400).scatter_add_(1, target.ids, target.probs)
     heavy = known >= 0.1
-    torch.testing.assert_close(stored[heavy], known[heavy], rtol=0, atol=1 / 4095 + 1e-5)
+    torch.testing.assert_close(stored[heavy], known[heavy], rtol=0, atol=1 / store.info.units + 1e-5)
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_and_both_named(folders, tmp_path):

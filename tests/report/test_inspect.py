@@ -193,7 +193,7 @@ def test_a_store(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     dataset = TokenDataset.open(run / "data" / "train")
     assert (found["store"]["num_tokens"], found["store"]["window"]) == (dataset.num_tokens, 64)
     assert found["store"]["complete"] is True
-    assert found["store"]["exact_entries_per_row"] + found["store"]["drawn_entries_per_row"] >= 1
+    assert found["store"]["weighted_entries_per_row"] + found["store"]["sharing_entries_per_row"] >= 1
     assert found["unusual"] == []
     part = tmp_path / "store"
     shutil.copytree(run / "store", part)

@@ -41,17 +41,6 @@ target = store[a:b]                                   # ids, probs [rows, entrie
 loss = gemstill.linear_cross_entropy(hidden, head, target)
 ```
 
-Without it: `data/block-NNNNNN.safetensors` holds {info.block_tokens:,} rows. `counts` has two bytes a row, the entries
-kept exactly and those drawn. `ids` holds, row after row, first the exact and then the drawn entries of a row, at
-{info.id_bits} bits each, lowest bit first. {_weights(info)}
+Without it: the format is described, with a reader in thirty lines of NumPy, in gemstill's docs/formats.md. A weight is
+a whole number of 1/{info.units}.
 """
-
-
-def _weights(info: StoreInfo) -> str:
-    if info.counting:
-        return f"`weights` holds each entry's count less one, at {info.bits} bits; a weight is count / {info.counting}."
-    unit = (1 << info.bits) - 1
-    return (
-        f"`weights` holds those of the exact entries alone, at {info.bits} bits, in units of 1/{unit}; "
-        "the drawn entries of a row share what is left of 1 equally."
-    )

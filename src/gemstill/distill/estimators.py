@@ -7,6 +7,7 @@ a row's draw depends on nothing but its probabilities and its numbers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,21 @@ class Estimator:
             return Estimator(found[1], float(found[2] or 0))
         except ValueError:
             raise Error(f"'{text}' is no estimator", fix="write threshold(0.05), sample(16) or topk(32)") from None
+
+    @property
+    def units(self) -> int:
+        """A stored weight is a whole number of 1/units: of draws, or of steps so fine that their rounding is little
+        beside the estimator's own noise."""
+        if self.name == "sample":
+            return int(self.parameter)
+        return 256 if self.name != "threshold" else 1 << max(1, round(math.log2(1.75 / self.parameter)))
+
+    @property
+    def entries(self) -> float:
+        """About how many entries a row has."""
+        if self.name == "threshold":
+            return 0.6 / self.parameter + 1
+        return self.parameter**0.8 if self.name == "sample" else max(1.0, self.parameter)
 
     @property
     def uniforms(self) -> int:

@@ -11,41 +11,36 @@ MAX_BITS = 24  # a number and the up to 7 bits before it in its first byte fit f
 TAIL = 4  # bytes of zeros at the end, so that four bytes can be read from wherever a number starts
 
 
-def packed_size(count: int, bits: int) -> int:
-    """Bytes that `pack` needs for `count` numbers."""
-    return (count * bits + 7) // 8 + TAIL if count else 0
+def packed_size(bits: int) -> int:
+    """Bytes that `pack` needs for numbers of so many bits together."""
+    return (bits + 7) // 8 + TAIL
 
 
-def pack(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """Pack values [n], whole numbers in [0, 2^bits), at `bits` ≤ 24 bits each: uint8 [packed_size(n, bits)].
-
-    Eight numbers fill `bits` bytes: number i of each eight starts at bit i·bits of its bytes.
-    """
-    count = len(values)
-    eights = np.zeros((-(-count // 8), 8), dtype=np.uint32)
-    eights.reshape(-1)[:count] = values
-    out = np.zeros(len(eights) * bits + TAIL, dtype=np.uint8)
-    table = out[: len(eights) * bits].reshape(len(eights), bits)
-    for lane in range(8):
-        first, shift = divmod(lane * bits, 8)
-        number = eights[:, lane] << np.uint32(shift)
-        for byte in range((shift + bits + 7) // 8):
-            table[:, first + byte] |= (number >> np.uint32(8 * byte)).astype(np.uint8)
-    return out[: packed_size(count, bits)]
+def pack(values: NDArray[Any], widths: NDArray[Any]) -> NDArray[np.uint8]:
+    """Pack values [n], whole numbers in [0, 2^width), at widths [n] ≤ 24 bits each: uint8 [packed_size(Σ widths)]."""
+    ends = widths.cumsum(dtype=np.int64)
+    starts = ends - widths
+    out = np.zeros(packed_size(int(ends[-1]) if len(ends) else 0), np.uint8)
+    shifted = values.astype(np.uint32) << (starts & 7).astype(np.uint32)
+    for lane in range(4):
+        piece = (shifted >> np.uint32(8 * lane)) & np.uint32(255)
+        # Numbers share bytes but no bits: sums, exact in float64, are what `or` would give.
+        sums = np.bincount((starts >> 3) + lane, weights=piece, minlength=len(out))
+        out += sums[: len(out)].astype(np.uint8)
+    return out
 
 
-def unpack(data: NDArray[np.uint8], bits: int, start: int, stop: int) -> NDArray[np.uint32]:
-    """Numbers start..stop of those that `pack` put into `data`: uint32 [stop − start]. Reads those bytes alone."""
-    first = start // 8
-    count = -(-stop // 8) - first
-    if stop <= start:
-        return np.zeros(0, dtype=np.uint32)
-    piece = np.array(data[first * bits : (first + count) * bits + TAIL])
-    piece = np.pad(piece, (0, count * bits + TAIL - len(piece)))
-    out = np.empty((count, 8), dtype=np.uint32)
-    mask = np.uint32((1 << bits) - 1)
-    for lane in range(8):
-        offset, shift = divmod(lane * bits, 8)
-        words = np.ndarray((count,), dtype="<u4", buffer=piece, offset=offset, strides=(bits,))
-        out[:, lane] = (words >> np.uint32(shift)) & mask
-    return out.reshape(-1)[start - first * 8 : stop - first * 8]
+def unpack(data: NDArray[np.uint8], starts: NDArray[np.int64], widths: NDArray[Any]) -> NDArray[np.uint32]:
+    """The numbers of widths [n] bits that start at the bits starts [n] of what `pack` gave: uint32 [n]."""
+    place = starts >> 3
+    words = np.zeros(len(place), np.uint32)
+    for lane in range(4):
+        words |= data[place + lane].astype(np.uint32) << np.uint32(8 * lane)
+    ones = (np.uint32(1) << np.broadcast_to(widths, place.shape).astype(np.uint32)) - np.uint32(1)
+    return (words >> (starts & 7).astype(np.uint32)) & ones
+
+
+def bits_of(data: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.uint8]:
+    """Bits start..stop of a string of bytes, a 0 or 1 each: uint8 [stop − start]."""
+    piece = np.unpackbits(data[start >> 3 : (stop + 7) >> 3], bitorder="little")
+    return piece[start & 7 : (start & 7) + stop - start]

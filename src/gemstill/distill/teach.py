@@ -19,15 +19,18 @@ from gemstill.core import files, machine
 from gemstill.core.errors import Error
 from gemstill.core.progress import Progress
 from gemstill.data.dataset import TokenDataset
+from gemstill.distill import code
+from gemstill.distill.block import Rows, block_path, encode, write_block
 from gemstill.distill.card import store_card
 from gemstill.distill.estimators import Estimator
-from gemstill.distill.store import INDEX, Rows, Shards, Store, StoreInfo, block_path, encode, write_block, write_index
+from gemstill.distill.store import INDEX, Shards, Store, StoreInfo, write_index
 from gemstill.model.transformer import Transformer
 from gemstill.ops.native import loaded
 
 # Held at once: so many logits, but no fewer rows than make reading a large head worth while. Fixed, since the
 # shapes of products decide their last bits.
 LOGITS, ROWS = 1 << 22, 128
+BITS_AN_ENTRY = 14  # with its weight, if it has one, and its share of what a row takes; measured in docs/distill.md
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def run(config: TeachConfig) -> Store:
 
 
 def plan(config: TeachConfig) -> dict[str, Any]:
-    """What `run` will do: tokens, blocks done and to do, FLOPs, bytes at most, seconds on this machine."""
+    """What `run` will do: tokens, blocks done and to do, FLOPs, bytes, seconds on this machine."""
     model, dataset, info = _open(config)
     shape = model.config
     done = sum(block_path(config.output, block).exists() for block in range(info.num_blocks))
@@ -86,8 +89,7 @@ def plan(config: TeachConfig) -> dict[str, Any]:
     # Attention: two products with half a window of keys on average.
     per_token += 2 * config.window * shape.num_layers * shape.num_heads * shape.head_dim
     left = max(0, dataset.num_tokens - done * info.block_tokens)
-    entries = 1 / config.estimator.parameter + 1 if config.estimator.name == "threshold" else config.estimator.parameter
-    most = 2 + entries * (info.id_bits + info.bits) / 8
+    per_row = config.estimator.entries * BITS_AN_ENTRY / 8
     rate = machine.probe().rate(model.compute_dtype or torch.float32) * 1e9
     return {
         "tokens": dataset.num_tokens,
@@ -95,8 +97,8 @@ def plan(config: TeachConfig) -> dict[str, Any]:
         "blocks_done": done,
         "teacher_parameters": shape.body_parameters + shape.embedding_parameters,
         "flops": per_token * left,
-        "bytes_per_token_at_most": round(most, 1),
-        "disk_bytes_at_most": round(most * dataset.num_tokens),
+        "bytes_per_token_about": round(per_row, 1),
+        "disk_bytes_about": round(per_row * dataset.num_tokens),
         "seconds_at_least": round(per_token * left / rate, 1),
         "precision": info.precision,
     }
@@ -179,7 +181,7 @@ def teach_model(model: nn.Module, dataset: Corpus, folder: str | Path, info: Sto
     """
     folder = Path(folder)
     with files.locked(folder):
-        record = begin(folder, info)
+        record = begin(folder, info, dataset)
         if record.get("complete"):
             return Store.open(folder, dataset)
         missing = [block for block in range(info.num_blocks) if not block_path(folder, block).exists()]
@@ -193,7 +195,7 @@ def teach_model(model: nn.Module, dataset: Corpus, folder: str | Path, info: Sto
     return Store.open(folder, dataset)
 
 
-def begin(folder: Path, info: StoreInfo) -> dict[str, Any]:
+def begin(folder: Path, info: StoreInfo, dataset: Corpus) -> dict[str, Any]:
     """Begin a store in `folder`, or go on with the one there; returns the content of its store.json.
 
     Raises:
@@ -201,11 +203,12 @@ def begin(folder: Path, info: StoreInfo) -> dict[str, Any]:
     """
     path = folder / INDEX
     if not path.exists():
-        strangers = [item.name for item in folder.iterdir() if not item.name.startswith((".", INDEX))]
+        strangers = [item.name for item in folder.iterdir() if not item.name.startswith((".", INDEX, code.FILE))]
         if strangers:
             raise Error(f"holds other things ({strangers[0]})", where=folder, fix="name a new folder")
         if info.num_tokens == 0:
             raise Error("the data set has no tokens", where=folder)
+        code.write(folder, code.IdCode.of(dataset, Estimator.parse(info.estimator).entries))
         write_index(folder, info, None)
     record: dict[str, Any] = files.read_json(path)
     there, ours = asdict(StoreInfo.parse(record, path)), asdict(info)

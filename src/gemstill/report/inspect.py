@@ -61,7 +61,8 @@ def describe(source: str | Path) -> dict[str, Any]:
 
 
 def _store(path: Path) -> dict[str, Any]:
-    from gemstill.distill.store import INDEX, StoreInfo, block_path
+    from gemstill.distill.block import block_path
+    from gemstill.distill.store import INDEX, StoreInfo
 
     record = read_json(path / INDEX)
     info = StoreInfo.parse(record, path / INDEX)
@@ -81,20 +82,23 @@ def _store(path: Path) -> dict[str, Any]:
     described = {name: value for name, value in asdict(info).items() if name not in ("format", "version")}
     described |= {"complete": bool(record.get("complete")), "blocks": len(there), "bytes": size}
     described |= {"bytes_per_token": round(size / max(1, tokens), 2)}
-    return {"store": described | _entries(there[:1]), "unusual": unusual}
+    return {"store": described | _entries(there[:1], min(info.num_tokens, info.block_tokens)), "unusual": unusual}
 
 
-def _entries(blocks: list[Path]) -> dict[str, float]:
-    """The mean number of entries of a row in the first block, kept exactly and drawn."""
+def _entries(blocks: list[Path], rows: int) -> dict[str, float]:
+    """The mean number of entries of a row in the first block, with a weight of their own and without."""
     from safetensors import SafetensorError, safe_open
 
     for block in blocks:
         try:
             with safe_open(block, framework="np") as handle:
-                exact, drawn = handle.get_tensor("counts").mean(0).tolist()
-        except (OSError, SafetensorError, ValueError) as error:
+                entries, weighted, _ = handle.get_tensor("index")[-1].tolist()
+        except (OSError, SafetensorError, ValueError, IndexError) as error:
             raise Error(f"cannot be read ({error})", where=block, fix="fetch or make this block again") from error
-        return {"exact_entries_per_row": round(exact, 2), "drawn_entries_per_row": round(drawn, 2)}
+        return {
+            "weighted_entries_per_row": round(weighted / rows, 2),
+            "sharing_entries_per_row": round((entries - weighted) / rows, 2),
+        }
     return {}
 
 
