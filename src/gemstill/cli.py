@@ -43,6 +43,11 @@ COMMANDS = {
         "quickstart",
         "quickstart:QuickstartConfig",
     ),
+    "ladder": Command(
+        "students of several sizes, from scratch and distilled, seed by seed, with the rows a sceptic asks for",
+        "ladder.command",
+        "ladder.config:LadderConfig",
+    ),
     "tokenizer": Command(
         "train a tokenizer on text", "data.vocabulary", "data.vocabulary:TokenizerConfig", made="out", resumes=False
     ),

@@ -7,11 +7,7 @@ them); this script calls their functions in order. Killed at any moment, it goes
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import sysconfig
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemstill.core import files
-from gemstill.core.errors import Error
+from gemstill.core.steps import Steps
 from gemstill.data.shards import DataConfig
 from gemstill.data.sources import Source
 from gemstill.data.vocabulary import TokenizerConfig
@@ -71,7 +67,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 
     folder = Path(config.run)
     with files.locked(folder):
-        steps = Steps(folder, config)
+        steps = Steps(folder, text=str(text_source(config.data).path))
         steps.do("tokenizer", lambda: {"fingerprint": vocabulary.run(tokenizer(config)).fingerprint})
         steps.do("data", lambda: _data(config))
         steps.do("teacher", lambda: _train(teacher(config)))
@@ -102,7 +98,7 @@ def plan(config: QuickstartConfig) -> dict[str, Any]:
     machine = probe()
     rate = 1e9 * max(machine.float32, machine.bfloat16)
     return {
-        "text": str(_source(config).path),
+        "text": str(text_source(config.data).path),
         "teacher_tokens": TEACHER_TOKENS,
         "student_tokens": STUDENT_TOKENS,
         "flops": flops,
@@ -110,53 +106,23 @@ def plan(config: QuickstartConfig) -> dict[str, Any]:
     }
 
 
-class Steps:
-    """What of a run is done, how long it took and what came out, kept in steps.json so that nothing is done twice."""
-
-    def __init__(self, folder: Path, config: QuickstartConfig) -> None:
-        self.path = folder / "steps.json"
-        self.done: dict[str, Any] = files.read_json(self.path) if self.path.exists() else {}
-        text = str(_source(config).path)
-        if self.done.setdefault("text", text) != text:
-            raise Error(f"holds a run over {self.done['text']}", where=folder, fix="name another run folder")
-
-    def do(self, name: str, work: Callable[[], Any]) -> None:
-        """Do a step unless it is done; its result, seconds and the peak of memory so far are recorded."""
-        if name in self.done:
-            return
-        start = time.monotonic()
-        result = work()
-        seconds = result["seconds_of_run"] if isinstance(result, dict) and "seconds_of_run" in result else 0.0
-        self.done[name] = {"seconds": max(seconds, time.monotonic() - start), "result": result}
-        self.done["peak_rss_bytes"] = max(self.done.get("peak_rss_bytes", 0), _peak_memory())
-        files.write_json(self.path, self.done)
-
-    def result(self, name: str) -> Any:
-        """What a step that is done came to."""
-        return self.done[name]["result"]
-
-    @property
-    def seconds(self) -> float:
-        """The time of all steps together."""
-        return float(sum(step["seconds"] for step in self.done.values() if isinstance(step, dict)))
-
-
-def _source(config: QuickstartConfig) -> Source:
-    if config.data:
-        return Source(Path(config.data))
+def text_source(data: str) -> Source:
+    """The text in the folder `data`, or the sources of Python's own standard library where none is named."""
+    if data:
+        return Source(Path(data))
     return Source(Path(sysconfig.get_paths()["stdlib"]), pattern="**/*.py", exclude=STDLIB_EXCLUDED, name="python")
 
 
 def tokenizer(config: QuickstartConfig) -> TokenizerConfig:
     """The tokenizer; what is held out does not shape it either."""
-    return TokenizerConfig(_source(config), Path(config.run) / "tokenizer", VOCAB, heldout_fraction=HELDOUT)
+    return TokenizerConfig(text_source(config.data), Path(config.run) / "tokenizer", VOCAB, heldout_fraction=HELDOUT)
 
 
 def data(config: QuickstartConfig, name: str, fraction: float = 1.0) -> DataConfig:
     """A data set: all of the text for the teacher, or a sample of its documents for the students."""
     folder = Path(config.run)
     return DataConfig(
-        _source(config),
+        text_source(config.data),
         folder / "tokenizer",
         folder / name,
         heldout_fraction=HELDOUT,
@@ -330,7 +296,7 @@ def _summary(folder: Path, steps: Steps, rows: list[str]) -> dict[str, Any]:
         "text": steps.done["text"],
         "data": steps.result("data"),
         "teach": steps.result("teach"),
-        "seconds": {name: step["seconds"] for name, step in steps.done.items() if isinstance(step, dict)},
+        "seconds": steps.each,
         "rows": rows,
     }
     for name in rows:
@@ -349,8 +315,3 @@ def _summary(folder: Path, steps: Steps, rows: list[str]) -> dict[str, Any]:
             "sample": scored["sample"],
         }
     return summary
-
-
-def _peak_memory() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit

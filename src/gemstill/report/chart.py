@@ -14,6 +14,9 @@ Point = tuple[float, float]
 _Place = Callable[[float, float], Point]
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44  # margins that hold the axes' labels
+BOX = (LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM)
+HEAD = 44  # above it, title and legend of a picture that stands alone
+PALETTE = ("#7257c9", "#c96a0c", "#0b8070", "#bd3a76", "#2a6fc4", "#6f6a12")  # as in page.css
 MOST_POINTS = 300  # a line has no more corners than this: neighbours are averaged
 
 
@@ -32,29 +35,14 @@ def chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> s
 
     Points that are not finite are left out; a chart without any point is an empty string.
     """
-    drawn = [Series(s.name, points, s.color, s.dots) for s in series if (points := _thin(s))]
+    drawn = _drawn(series)
     if not drawn:
         return ""
-    xs, ys = ([point[axis] for s in drawn for point in s.points] for axis in (0, 1))
-    left, right = min(0.0, *xs), max(0.0, *xs) or 1.0
-    x_ticks, y_ticks = ticks(left, right), ticks(*_shown_range(ys))
-    low, high = y_ticks[0], y_ticks[-1]
-    box = (LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM)
-
-    def place(x: float, y: float) -> Point:
-        across = LEFT + (x - left) / (right - left) * (box[1] - box[0])
-        return across, box[3] - (y - low) / (high - low) * (box[3] - box[2])
-
-    lines = "".join(_line(s, place) for s in drawn)
-    # An image of its own inside the image cuts off what lies above the shown range.
-    width, height = box[1] - box[0], box[3] - box[2]
-    view = f'x="{LEFT - 4}" y="{TOP}" width="{width + 8}" height="{height + 4}"'
-    view += f' viewBox="{LEFT - 4} {TOP} {width + 8} {height + 4}"'
-    body = f"{_axes(x_ticks, y_ticks, place, x_label, y_label)}<svg {view}>{lines}</svg>"
     told = title + ": " + "; ".join(f"{s.name} ends at {s.points[-1][1]:.4g} {y_label}" for s in drawn)
     legend = "".join(f'<li><span class="key c{s.color}"></span>{escape(s.name)}</li>' for s in drawn)
+    body, ends = _body(drawn, x_label, y_label)
     data = {
-        "x": [left, right], "box": box, "unit": x_label,
+        "x": ends, "box": BOX, "unit": x_label,
         "series": [{"name": s.name, "color": s.color, "points": [_rounded(p) for p in s.points]} for s in drawn],
     }  # fmt: skip
     return (
@@ -63,6 +51,51 @@ def chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> s
         f'{body}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
         f'<div class="tip" hidden></div></div><script type="application/json">{_safe(data)}</script></figure>'
     )
+
+
+def picture(title: str, series: Sequence[Series], x_label: str, y_label: str) -> str:
+    """The same figure as an SVG file of its own, for pages that are not ours; dark text on white."""
+    drawn = _drawn(series)
+    body, _ = _body(drawn, x_label, y_label)
+    style = "text{font:11.5px system-ui,sans-serif;fill:#5b6470}text.y{text-anchor:end}text.x{text-anchor:middle}"
+    style += "text.title{font-weight:600;fill:#1d2127;font-size:13px}.grid{stroke:#e2e4e0}"
+    style += "polyline{fill:none;stroke-width:2.2}"
+    style += "".join(f".c{n}{{stroke:{color}}}circle.c{n}{{fill:{color}}}" for n, color in enumerate(PALETTE))
+    head = f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>'
+    x = LEFT
+    for s in drawn:
+        head += f'<line class="c{s.color}" x1="{x}" x2="{x + 18}" y1="32" y2="32" stroke-width="3"/>'
+        head += f'<text x="{x + 24}" y="36">{escape(s.name)}</text>'
+        x += 48 + 7 * len(s.name)
+    high = HEIGHT + HEAD
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {high}"><style>{style}</style>'
+        f'<rect width="{WIDTH}" height="{high}" fill="#fff"/>{head}<g transform="translate(0 {HEAD})">{body}</g>'
+        "</svg>\n"
+    )
+
+
+def _drawn(series: Sequence[Series]) -> list[Series]:
+    return [Series(s.name, points, s.color, s.dots) for s in series if (points := _thin(s))]
+
+
+def _body(drawn: Sequence[Series], x_label: str, y_label: str) -> tuple[str, Point]:
+    """Axes and lines, and the ends of the horizontal axis."""
+    xs, ys = ([point[axis] for s in drawn for point in s.points] for axis in (0, 1))
+    left, right = min(0.0, *xs), max(0.0, *xs) or 1.0
+    x_ticks, y_ticks = ticks(left, right), ticks(*_shown_range(ys))
+    low, high = y_ticks[0], y_ticks[-1]
+
+    def place(x: float, y: float) -> Point:
+        across = LEFT + (x - left) / (right - left) * (BOX[1] - BOX[0])
+        return across, BOX[3] - (y - low) / (high - low) * (BOX[3] - BOX[2])
+
+    lines = "".join(_line(s, place) for s in drawn)
+    # An image of its own inside the image cuts off what lies above the shown range.
+    width, height = BOX[1] - BOX[0], BOX[3] - BOX[2]
+    view = f'x="{LEFT - 4}" y="{TOP}" width="{width + 8}" height="{height + 4}"'
+    view += f' viewBox="{LEFT - 4} {TOP} {width + 8} {height + 4}"'
+    return f"{_axes(x_ticks, y_ticks, place, x_label, y_label)}<svg {view}>{lines}</svg>", (left, right)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

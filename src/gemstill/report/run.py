@@ -22,14 +22,19 @@ GIB = 2**30
 class ReportConfig:
     """`gemstill report`."""
 
-    run: Path  # a run's folder, of `gemstill train` or `gemstill quickstart`; it gets report.html
+    run: Path  # a run's folder, of `gemstill train`, `quickstart` or `ladder`; it gets report.html
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
     """Write the report of a run, whichever command made it; gives where it lies. Raises Error as `run_report` does."""
+    from gemstill.report.ladder import ladder_report
     from gemstill.report.quickstart import quickstart_report
 
-    make = quickstart_report if (config.run / "teacher").is_dir() else run_report
+    summary = config.run / "summary.json"
+    if summary.exists() and files.read_json(summary).get("kind") == "ladder":
+        make = ladder_report
+    else:
+        make = quickstart_report if (config.run / "teacher").is_dir() else run_report
     return {"report": str(make(config.run))}
 
 
