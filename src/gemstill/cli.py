@@ -48,6 +48,11 @@ COMMANDS = {
         "ladder.command",
         "ladder.config:LadderConfig",
     ),
+    "heal": Command(
+        "prune a model and heal it by distillation, beside next-token training and no healing",
+        "heal",
+        "heal:HealConfig",
+    ),
     "tokenizer": Command(
         "train a tokenizer on text", "data.vocabulary", "data.vocabulary:TokenizerConfig", made="out", resumes=False
     ),

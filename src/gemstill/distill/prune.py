@@ -76,7 +76,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
     width = config.intermediate_size or whole.intermediate_size
     importance = channel_importance(net, text, depth.kept)
     channels = [largest(each, width) for each in importance]
-    cut(net, _shape(whole, config), depth.kept, channels)
+    cut(net, shape_after(whole, config), depth.kept, channels)
     loss = loss_of(net, text, seed=config.seed)
     figures = _figures(whole, model.config)
     card = _card(config, figures, text, depth, importance, channels, loss, sidecars.licence(place))
@@ -104,7 +104,7 @@ def plan(config: PruneConfig) -> dict[str, Any]:
     body = 2 * whole.body_parameters / whole.num_layers * config.tokens
     head = 2 * whole.vocab_size * whole.hidden_size * min(SCORED, config.tokens)
     flops = body * blocks + head * (sum(passes) + len(passes) + 2)
-    shape = _shape(whole, config)
+    shape = shape_after(whole, config)
     return (_figures(whole, shape) if shape else {"layers": f"{len(wanted)} of {whole.num_layers}"}) | {
         "calibration_text": config.text or OWN,
         "calibration_tokens": config.tokens,
@@ -139,7 +139,7 @@ def kinds_of(whole: ModelConfig | ForeignConfig, config: PruneConfig) -> tuple[l
     return there, kept
 
 
-def _shape(whole: ModelConfig | ForeignConfig, config: PruneConfig) -> ModelConfig | None:
+def shape_after(whole: ModelConfig | ForeignConfig, config: PruneConfig) -> ModelConfig | None:
     """What is left of a network of ours."""
     if isinstance(whole, ForeignConfig):
         return None
