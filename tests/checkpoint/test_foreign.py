@@ -63,13 +63,13 @@ def test_a_folder_is_opened_and_saved_as_others_open_it(llama: Path, tokenizer: 
         save_foreign(model, dict(model.named_parameters()), opened, llama, card="x")
 
 
-def test_a_random_start_depends_on_the_seed_alone(llama: Path) -> None:
+def test_a_random_start_depends_on_the_seed_alone(llama: Path, tokenizer: Tokenizer) -> None:
     state = torch.random.get_rng_state()
-    one, same, other = (make_foreign(llama, seed=seed, vocab_size=420) for seed in (1, 1, 2))
+    one, same, other = (make_foreign(llama, tokenizer, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(one.head, same.head)
     assert not torch.equal(one.head, other.head)
-    assert (one.config.vocab_size, one.head.dtype, one.training) == (420, torch.float32, True)
+    assert (one.config.vocab_size, one.head.dtype, one.training) == (VOCAB, torch.float32, True)
 
 
 def test_ours_stays_ours(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from gemstill.core.errors import Error
-from gemstill.distill.teach import fingerprint
+from gemstill.distill.teachers import fingerprint
 from gemstill.model.adapter import Adapter
 from gemstill.model.readout import Loss
 from gemstill.ops.target import Target

@@ -119,19 +119,20 @@ def load_foreign(
     return adapter, tokenizer
 
 
-def make_foreign(place: str | Path, *, vocab_size: int | None = None, seed: int = 0) -> Adapter:
+def make_foreign(place: str | Path, tokenizer: Tokenizer, *, seed: int = 0) -> Adapter:
     """A network with random weights of the architecture and shape that a folder's config.json describes.
 
-    The weights are drawn by `transformers`, as a function of `seed`. vocab_size: rows of embedding and head,
-    the config's own by default. Dropout is off.
+    The weights are drawn by `transformers`, as a function of `seed`. tokenizer: decides the rows of embedding and
+    head, and which ids begin and end a text. Dropout is off.
 
     Raises:
         Error: as `load_foreign`.
     """
     path = place_of(place)
     config = _config(path if path.is_dir() else path.parent)
-    if vocab_size is not None:
-        config.vocab_size = vocab_size
+    config.vocab_size = tokenizer.vocab_size
+    for name, number in sidecars.special_ids(tokenizer).items():
+        setattr(config, name, number)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Adapter(_from_config(config))

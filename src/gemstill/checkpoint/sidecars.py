@@ -63,13 +63,12 @@ def licence(folder: Path) -> str:
 
 def default_card(config: ModelConfig) -> str:
     """A model card that says what can be read off the network itself."""
-    family = "Gemma 3 text" if config.qk_norm else "Gemma 2"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [gemstill]
 ---
-# A {family} language model
+# A {config.family} language model
 
 {config.num_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,},
 context {config.max_position:,} tokens; {config.body_parameters:,} parameters and {config.embedding_parameters:,}

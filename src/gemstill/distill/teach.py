@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gemstill.checkpoint import sidecars, source
 from gemstill.core import files, machine
 from gemstill.core.errors import Error
 from gemstill.core.progress import Progress
@@ -22,10 +19,11 @@ from gemstill.data.dataset import TokenDataset
 from gemstill.distill import code
 from gemstill.distill.block import Rows, block_path, encode, write_block
 from gemstill.distill.card import store_card
-from gemstill.distill.estimators import Estimator
+from gemstill.distill.estimators import Draw, Estimator
 from gemstill.distill.store import INDEX, Shards, Store, StoreInfo, write_index
-from gemstill.model.transformer import Transformer
-from gemstill.ops.native import loaded
+from gemstill.distill.teachers import SERVERS, ModelTeacher, Teacher, as_teacher, open_teacher, probabilities, tempered
+from gemstill.ops.target import OnlineTarget, Target
+from gemstill.text.tokenizer import Tokenizer
 
 # Held at once: so many logits, but no fewer rows than make reading a large head worth while. Fixed, since the
 # shapes of products decide their last bits.
@@ -37,7 +35,7 @@ BITS_AN_ENTRY = 14  # with its weight, if it has one, and its share of what a ro
 class TeachConfig:
     """A teacher over a data set into a store."""
 
-    teacher: str  # a model: a folder, a .gguf file, a name on the hub
+    teacher: str  # a model: a folder, a .gguf file, a name on the hub, or a server, http://host:8000/v1#its-model
     data: Path  # a data set's folder of shards, for example data/train
     output: Path  # the store's folder; a store begun there with the same settings is continued
     estimator: Estimator = field(default_factory=Estimator)  # what is kept of a distribution
@@ -48,6 +46,7 @@ class TeachConfig:
     seed: int = 0  # of the draws
     precision: str = "fast"  # dtype of the teacher's products: fast (this machine's fastest), float32 or bfloat16
     licence: str = ""  # of the teacher, an SPDX name; empty takes it from the teacher's model card
+    tokenizer: str = ""  # for a server alone: the folder of the data's tokenizer, to compare with the server's
 
     def __post_init__(self) -> None:
         if self.precision not in ("fast", "float32", "bfloat16"):
@@ -76,69 +75,69 @@ def run(config: TeachConfig) -> Store:
         Error: a folder that cannot be read or written, a teacher and a data set of different tokenizers, a
             store begun with other settings (they are named), another process at work, a teacher that gives NaN.
     """
-    model, dataset, info = _open(config)
-    return teach_model(model, dataset, config.output, info)
+    teacher, dataset, info = _open(config)
+    return teach_model(teacher, dataset, config.output, info)
 
 
 def plan(config: TeachConfig) -> dict[str, Any]:
     """What `run` will do: tokens, blocks done and to do, FLOPs, bytes, seconds on this machine."""
-    model, dataset, info = _open(config)
-    shape = model.config
+    teacher, dataset, info = _open(config)
     done = sum(block_path(config.output, block).exists() for block in range(info.num_blocks))
-    per_token = 2 * (shape.body_parameters + shape.vocab_size * shape.hidden_size)
-    # Attention: two products with half a window of keys on average.
-    per_token += 2 * config.window * shape.num_layers * shape.num_heads * shape.head_dim
-    left = max(0, dataset.num_tokens - done * info.block_tokens)
     per_row = config.estimator.entries * BITS_AN_ENTRY / 8
-    rate = machine.probe().rate(model.compute_dtype or torch.float32) * 1e9
-    return {
+    figures = {
         "tokens": dataset.num_tokens,
         "blocks": info.num_blocks,
         "blocks_done": done,
-        "teacher_parameters": shape.body_parameters + shape.embedding_parameters,
-        "flops": per_token * left,
         "bytes_per_token_about": round(per_row, 1),
         "disk_bytes_about": round(per_row * dataset.num_tokens),
-        "seconds_at_least": round(per_token * left / rate, 1),
         "precision": info.precision,
+    }
+    if not isinstance(teacher, ModelTeacher):
+        return figures
+    shape: Any = teacher.model.config
+    left = max(0, dataset.num_tokens - done * info.block_tokens)
+    per_token = 2 * (shape.body_parameters + shape.vocab_size * shape.hidden_size)
+    # Attention: two products with half a window of keys on average.
+    per_token += 2 * config.window * shape.num_layers * shape.num_heads * shape.head_dim
+    flops = per_token * left
+    return figures | {
+        "teacher_parameters": shape.body_parameters + shape.embedding_parameters,
+        "flops": flops,
+        "seconds_at_least": round(flops / machine.probe().rate(getattr(torch, info.precision)) / 1e9, 1),
     }
 
 
-def _open(config: TeachConfig) -> tuple[Transformer, TokenDataset, StoreInfo]:
-    """The teacher, set to its precision, the data set, and what the store will be."""
-    place = source.find(config.teacher)
-    model, tokenizer = source.load(place)
+def _open(config: TeachConfig) -> tuple[Teacher, TokenDataset, StoreInfo]:
+    """The teacher, the data set, and what the store will be."""
     dataset = TokenDataset.open(config.data)
-    if tokenizer.fingerprint != dataset.tokenizer_fingerprint:
-        ours, theirs = tokenizer.fingerprint[:16], dataset.tokenizer_fingerprint[:16]
-        raise Error(
-            f"the teacher's tokenizer is {ours}, the data set was made with {theirs}",
-            where=config.teacher,
-            fix="make the data set with the teacher's tokenizer",
-        )
-    loaded()  # native kernels from the first block on, so that a store's bytes do not depend on when they are built
-    model.compute_dtype = machine.fast_dtype() if config.precision == "fast" else getattr(torch, config.precision)
+    tokenizer, entries = None, 0
+    if config.teacher.startswith(SERVERS):
+        expect_topk(config.estimator, config.teacher)
+        tokenizer, entries = _tokenizer(config, dataset), int(config.estimator.parameter)
+    dtype = None if config.precision == "fast" else getattr(torch, config.precision)
+    teacher = open_teacher(
+        config.teacher, dataset.tokenizer_fingerprint, dtype=dtype, tokenizer=tokenizer, entries=entries
+    )
     info = describe(
-        model, dataset, estimator=config.estimator, window=config.window, block_tokens=config.block_tokens,
-        batch=config.batch, temperature=config.temperature, seed=config.seed, teacher=source.name_of(config.teacher),
-        licence=config.licence or sidecars.licence(place),
+        teacher, dataset, estimator=config.estimator, window=config.window, block_tokens=config.block_tokens,
+        batch=config.batch, temperature=config.temperature, seed=config.seed, licence=config.licence,
     )  # fmt: skip
-    return model, dataset, info
+    return teacher, dataset, info
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over a model's configuration, and the names, dtypes, shapes and bytes of its parameters."""
-    config = getattr(model, "config", None)
-    described = asdict(config) if is_dataclass(config) and not isinstance(config, type) else None
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _tokenizer(config: TeachConfig, dataset: TokenDataset) -> Tokenizer | None:
+    if not config.tokenizer:
+        return None
+    tokenizer = Tokenizer.open(config.tokenizer)
+    if tokenizer.fingerprint != dataset.tokenizer_fingerprint:
+        raise Error(
+            f"is not the tokenizer that {config.data} was made with", where=config.tokenizer, fix="name that one"
+        )
+    return tokenizer
 
 
 def describe(
-    model: nn.Module,
+    model: nn.Module | Teacher,
     dataset: Corpus,
     *,
     estimator: Estimator | str = "threshold(0.05)",
@@ -148,32 +147,44 @@ def describe(
     temperature: float = 1.0,
     seed: int = 0,
     teacher: str = "unnamed",
-    licence: str = "unknown",
+    licence: str = "",
 ) -> StoreInfo:
-    """What a store of this model over this data set is made of; the settings are TeachConfig's.
+    """What a store of this teacher over this data set is made of; the settings are TeachConfig's.
 
-    model: its head may have more rows than the data set's vocabulary has entries; they are never learned from.
+    model: a teacher, or a network, whose name and licence are then `teacher` and `licence`. Its head may have more
+    rows than the data set's vocabulary has entries; they are never learned from.
 
     Raises:
-        Error: a vocabulary the model does not have, a block that is no whole number of windows.
+        Error: a vocabulary the teacher does not have, a block that is no whole number of windows, an estimator that
+            cannot be taken from what the teacher gives.
     """
-    dtype = getattr(model, "compute_dtype", None) or next(model.parameters()).dtype
-    shape = getattr(model, "config", None)
-    stored = dataset.vocab_size if shape is None else int(shape.vocab_size)
+    known = as_teacher(model, teacher)
+    stored = known.vocab_size or dataset.vocab_size
     if stored < dataset.vocab_size:
         what = f"has a vocabulary of {stored}, the data set one of {dataset.vocab_size}"
-        raise Error(what, where=teacher, fix="use a teacher of this tokenizer")
+        raise Error(what, where=known.name, fix="use a teacher of this tokenizer")
+    if known.sparse:
+        expect_topk(Estimator.parse(str(estimator)), known.name)
     return StoreInfo(
-        teacher, fingerprint(model), licence, dataset.tokenizer_fingerprint, dataset.fingerprint, dataset.num_tokens,
-        dataset.vocab_size, stored, window, block_tokens, str(estimator), float(temperature), seed, batch,
-        str(dtype).removeprefix("torch."),
+        known.name, known.fingerprint, licence or known.licence, dataset.tokenizer_fingerprint, dataset.fingerprint,
+        dataset.num_tokens, dataset.vocab_size, stored, window, block_tokens, str(estimator), float(temperature), seed,
+        batch, known.precision,
     )  # fmt: skip
 
 
-def teach_model(model: nn.Module, dataset: Corpus, folder: str | Path, info: StoreInfo) -> Store:
+def expect_topk(estimator: Estimator, where: str) -> None:
+    """Refuse an estimator that needs a whole distribution, for a teacher that gives its likeliest entries alone."""
+    if estimator.name != "topk":
+        what = f"gives its likeliest entries alone, of which no {estimator} can be made"
+        raise Error(
+            what, where=where, fix="take topk, which is biased: --set estimator.name=topk estimator.parameter=20"
+        )
+
+
+def teach_model(model: nn.Module | Teacher, dataset: Corpus, folder: str | Path, info: StoreInfo) -> Store:
     """Teach all blocks that `folder` does not hold yet, finish the store and open it.
 
-    model: called as model(tokens [B, T], documents=[B, T], readout=…) like gemstill's Transformer.
+    model: a teacher, or a network called as model(tokens, documents=…, readout=…) like gemstill's Transformer.
     info: from `describe`. Bytes do not depend on what was there before or on the order of blocks.
 
     Raises:
@@ -220,30 +231,39 @@ def begin(folder: Path, info: StoreInfo, dataset: Corpus) -> dict[str, Any]:
 
 
 def teach_block(
-    model: nn.Module, dataset: Corpus, folder: Path, info: StoreInfo, block: int, progress: Progress | None = None
+    model: nn.Module | Teacher,
+    dataset: Corpus,
+    folder: Path,
+    info: StoreInfo,
+    block: int,
+    progress: Progress | None = None,
 ) -> None:
     """Run the teacher over one block's windows and write the block: the unit of parallel work.
 
     Raises:
-        Error: probabilities that are not finite, the block and its tokens named; nothing is written then.
+        Error: probabilities that are not finite, the block and the tokens of the batch named; nothing is written then.
     """
+    teacher = as_teacher(model)
     first, stop = info.span(block)
-    readout = _Estimate(info, _uniforms(info, block, stop - first))
-    device = next(model.parameters()).device
-    tokens, documents = (torch.from_numpy(part).to(device) for part in _windows(dataset, info, first, stop))
-    try:
-        for start in range(0, len(tokens), info.batch):
-            rows = slice(start, start + info.batch)
-            before = readout.rows
+    u = _uniforms(info, block, stop - first)
+    tokens, documents = map(torch.from_numpy, _windows(dataset, info, first, stop))
+    parts: list[Rows] = []
+    done = 0
+    for start in range(0, len(tokens), info.batch):
+        rows = slice(start, start + info.batch)
+        real = documents[rows] >= 0
+        count = int(real.sum())
+        try:
             with torch.inference_mode():
-                readout.real = documents[rows] >= 0
-                model(tokens[rows], documents=documents[rows], readout=readout)
-            if progress is not None:
-                progress.advance(readout.rows - before)
-    except Error as error:
-        where = f"{info.teacher}, block {block} (tokens {first} to {stop})"
-        raise Error(error.what, where=where, fix=error.fix) from error
-    write_block(folder, info, block, readout.parts)
+                target = teacher.distribution(tokens[rows], documents[rows])
+                parts += _estimated(target, real.reshape(-1), info, u[done : done + count])
+        except Error as error:
+            where = f"{info.teacher}, block {block} (tokens {first + done} to {first + done + count})"
+            raise Error(error.what, where=where, fix=error.fix) from error
+        done += count
+        if progress is not None:
+            progress.advance(count)
+    write_block(folder, info, block, parts)
 
 
 def _windows(dataset: Corpus, info: StoreInfo, first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -264,23 +284,32 @@ def _uniforms(info: StoreInfo, block: int, rows: int) -> Tensor:
     return torch.from_numpy(generator.random((rows, Estimator.parse(info.estimator).uniforms + 1)))
 
 
-class _Estimate:
-    """A readout that turns last hidden states into a block's encoded rows, a few at a time."""
+def _estimated(target: Target | OnlineTarget, real: Tensor, info: StoreInfo, u: Tensor) -> list[Rows]:
+    """What the store keeps of a batch's rows that are no padding, by real [B·T] bool; u: their random numbers."""
+    if isinstance(target, Target):
+        draw = _likeliest(target, real, info)
+        return [encode(draw, info, u[:, -1].to(draw.ids.device))]
+    estimator = Estimator.parse(info.estimator)
+    head = target.head[: info.vocab_size].to(target.hidden.dtype)  # without padding: it can never be drawn
+    hidden = target.hidden[real.to(head.device)]
+    parts = []
+    size = max(ROWS, LOGITS // len(head))
+    for x, drawn in zip(torch.split(hidden, size), torch.split(u, size), strict=True):
+        probs = probabilities(target._replace(hidden=x, head=head), info.temperature)
+        drawn = drawn.to(probs.device)
+        parts.append(encode(estimator(probs, drawn), info, drawn[:, -1]))
+    return parts
 
-    def __init__(self, info: StoreInfo, u: Tensor) -> None:
-        self.info, self.u = info, u
-        self.estimator = Estimator.parse(info.estimator)
-        self.parts: list[Rows] = []
-        self.rows = 0  # done so far
-        self.real: Tensor  # [B, T] bool: which positions of the coming batch are no padding
 
-    def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> None:
-        flat = hidden[self.real]
-        cast = head[: self.info.vocab_size].to(hidden.dtype)  # without padding: it can never be drawn
-        for x in torch.split(flat, max(ROWS, LOGITS // len(cast))):
-            z = F.linear(x, cast).float()
-            z = z if softcap is None else softcap * torch.tanh(z / softcap)
-            probs = (z / self.info.temperature).softmax(1)
-            u = self.u[self.rows : self.rows + len(x)].to(probs.device)
-            self.parts.append(encode(self.estimator(probs, u), self.info, u[:, -1]))
-            self.rows += len(x)
+def _likeliest(target: Target, real: Tensor, info: StoreInfo) -> Draw:
+    """The rows of a sparse target as `topk` keeps them."""
+    ids, probs, _ = tempered(target, info.temperature)
+    real = real.to(ids.device)
+    ids, probs = ids[real], probs[real].double()
+    if not bool(torch.isfinite(probs).all()) or not bool((probs.sum(1) > 0).all()):
+        raise Error("probabilities are not finite", where="teacher")
+    if int(ids.max()) >= info.vocab_size or int(ids.min()) < 0:
+        what = f"names entry {int(ids.max())} of a vocabulary of {info.vocab_size}"
+        raise Error(what, where="teacher", fix="use a teacher of this tokenizer")
+    count = (probs > 0).sum(1)
+    return Draw(torch.where(probs > 0, ids, 0), probs, count, torch.zeros_like(count))

@@ -8,6 +8,7 @@ its head's weight and its final soft cap go to the readout inside forward, so th
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class ForeignConfig:
     head_dim: int
     max_position: int  # tokens
     sliding_window: int
-    local_layers: tuple[bool, ...]  # of each layer: whether it sees `sliding_window` tokens alone
+    local_layers: list[bool]  # of each layer: whether it sees `sliding_window` tokens alone
     body_parameters: int  # without embedding and head
     embedding_parameters: int  # of the embedding, and of the head where it is not tied
 
@@ -56,7 +57,7 @@ class ForeignConfig:
         matrices = head.numel() + (0 if head is embedding else embedding.numel())
         return ForeignConfig(
             family=type(model).__name__,
-            fields={name: value for name, value in config.to_dict().items() if name not in _NO_MATTER},
+            fields=_plain({name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}),
             vocab_size=len(head),
             hidden_size=width,
             intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * width),
@@ -65,7 +66,7 @@ class ForeignConfig:
             head_dim=int(getattr(config, "head_dim", None) or width // heads),
             max_position=int(getattr(config, "max_position_embeddings", 0) or 0),
             sliding_window=int(window or _WHOLE),
-            local_layers=tuple(kind == "sliding_attention" for kind in kinds),
+            local_layers=[kind == "sliding_attention" for kind in kinds],
             body_parameters=sum(p.numel() for p in model.parameters()) - matrices,
             embedding_parameters=matrices,
         )
@@ -205,6 +206,12 @@ class Adapter(nn.Module):
 
 
 _FIX = "take a causal model with attention as Llama, Qwen, Gemma or GPT-2 have it"
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, so that what was written down compares equal."""
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
+    return plain
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -71,6 +71,11 @@ class ModelConfig:
         return (layer + 1) % self.layer_pattern != 0
 
     @property
+    def family(self) -> str:
+        """What cards call it."""
+        return "Gemma 3 text" if self.qk_norm else "Gemma 2"
+
+    @property
     def embedding_parameters(self) -> int:
         """Parameters of the input embedding, and of the head where it is not tied."""
         return self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)

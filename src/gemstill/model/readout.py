@@ -42,17 +42,36 @@ def last_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """The weighted sum of cross-entropies to a target of B·T rows: a float32 scalar (see linear_cross_entropy)."""
+    """The weighted sum of cross-entropies to a target of B·T rows: a float32 scalar (see linear_cross_entropy).
+
+    hard: labels and their fraction f. temperature t: of the student's logits. Above or below 1 the target's part is
+    multiplied by t², so that its gradient keeps its size, and the labels' part stays at 1 (arXiv 1503.02531,
+    section 2): t²·(1 − f)·CE_t(target) + f·CE_1(labels).
+    """
 
     target: Target | OnlineTarget
     hard: tuple[Tensor, float] | None = None
+    temperature: float = 1.0
     compiled: bool = False
 
     def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
-        loss: Tensor = linear_cross_entropy(
-            hidden.flatten(0, 1), head, self.target, softcap=softcap, hard=self.hard, compiled=self.compiled
+        flat, t = hidden.flatten(0, 1), self.temperature
+        if isinstance(self.target, OnlineTarget) and len(self.target.head) < len(head):
+            head = head[: len(self.target.head)]  # the rest is padding
+        loss: Tensor
+        plain: Tensor
+        if t == 1 or self.hard is None:
+            loss = linear_cross_entropy(
+                flat, head, self.target, softcap=softcap, temperature=t, hard=self.hard, compiled=self.compiled
+            )
+            return loss * t**2 if t != 1 else loss
+        labels, fraction = self.hard
+        loss = linear_cross_entropy(flat, head, self.target, softcap=softcap, temperature=t, compiled=self.compiled) * (
+            t**2 * (1 - fraction)
         )
-        return loss
+        known = Target.hard(labels, self.target.weight)
+        plain = linear_cross_entropy(flat, head, known, softcap=softcap, compiled=self.compiled)
+        return loss + fraction * plain
 
 
 @dataclass(frozen=True)

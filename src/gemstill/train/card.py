@@ -9,29 +9,32 @@ from typing import Any
 
 from gemstill.checkpoint.sidecars import version
 from gemstill.distill.store import StoreInfo
-from gemstill.model.config import ModelConfig
 from gemstill.train.config import TrainConfig
+from gemstill.train.student import Shape
 
 
 def model_card(
     config: TrainConfig,
-    shape: ModelConfig,
+    shape: Shape,
     summary: Mapping[str, Any],
     stores: Sequence[StoreInfo],
     started_from: tuple[str, str] | None = None,
+    teacher: tuple[str, str] | None = None,
 ) -> str:
     """README.md with the Hub's header, of facts that a resumed run shares with one that was never interrupted.
 
     stores: what was distilled from, none for next-token training. started_from: the name and the licence of the
-    model that training went on from.
+    model that training went on from. teacher: those of one that answered while this one learned.
     """
-    family = "Gemma 3 text" if shape.qk_norm else "Gemma 2"
-    parents = {info.teacher: info.teacher_licence for info in stores} | dict([started_from] if started_from else [])
-    how = "distilled" if stores else "trained further" if started_from else "trained from scratch"
+    parents = {info.teacher: info.teacher_licence for info in stores}
+    parents |= dict(parent for parent in (teacher, started_from) if parent)
+    distilled = bool(stores or teacher)
+    how = "distilled" if distilled else "trained further" if started_from else "trained from scratch"
+    names = sorted({info.teacher for info in stores} | ({teacher[0]} if teacher else set()))
     lines = [
-        f"# {Path(config.run).name}: a {family} language model, {how}",
+        f"# {Path(config.run).name}: a {shape.family} language model, {how}",
         "",
-        f"Made by gemstill {version()}. {_origin(stores, started_from)}",
+        f"Made by gemstill {version()}. {_origin(names, started_from)}",
         "",
         *_table(config, shape, summary, stores),
     ]
@@ -45,7 +48,7 @@ def model_card(
             "weights or trained on their outputs holds for this model. A licence that is unknown here has to be looked "
             "up where that model is published.",
         ]
-    return _header(parents, distilled=bool(stores)) + "\n".join(lines) + "\n"
+    return _header(parents, distilled=distilled) + "\n".join(lines) + "\n"
 
 
 def _header(parents: Mapping[str, str], *, distilled: bool) -> str:
@@ -58,17 +61,14 @@ def _header(parents: Mapping[str, str], *, distilled: bool) -> str:
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 
-def _origin(stores: Sequence[StoreInfo], started_from: tuple[str, str] | None) -> str:
+def _origin(teachers: Sequence[str], started_from: tuple[str, str] | None) -> str:
     begin = f"It started from the weights of {started_from[0]}. " if started_from else ""
-    if not stores:
+    if not teachers:
         return begin + "It learned to predict the next token."
-    names = " and ".join(sorted({info.teacher for info in stores}))
-    return begin + f"It learned the next-token distributions of its teacher, {names}."
+    return begin + f"It learned the next-token distributions of its teacher, {' and '.join(teachers)}."
 
 
-def _table(
-    config: TrainConfig, shape: ModelConfig, summary: Mapping[str, Any], stores: Sequence[StoreInfo]
-) -> list[str]:
+def _table(config: TrainConfig, shape: Shape, summary: Mapping[str, Any], stores: Sequence[StoreInfo]) -> list[str]:
     sources = config.data.sources
     total = sum(source.weight for source in sources)
     mixture = ", ".join(f"{Path(source.folder).name} ({source.weight / total:.0%})" for source in sources)
@@ -84,6 +84,8 @@ def _table(
     if "perplexity" in summary:
         bits = summary["bits_per_byte"]
         rows["held-out text"] = f"perplexity {summary['perplexity']:.4g} a token, {bits:.4g} bits a byte"
+    if config.teacher.source:
+        rows["teacher"] = f"ran beside it, whole distributions at temperature {config.teacher.temperature:g}"
     for info in stores:
         rows[f"teacher {info.teacher}"] = (
             f"{info.estimator} at temperature {info.temperature:g} over {info.num_tokens:,} tokens"

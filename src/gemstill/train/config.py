@@ -83,6 +83,18 @@ class HardConfig:
 
 
 @dataclass(frozen=True)
+class TeacherChoice:
+    """A teacher that answers while the student learns, its whole distribution; in place of stores."""
+
+    source: str = ""  # a model (folder, .gguf file, hub name) of any architecture, or a server; empty: none
+    temperature: float = 1.0  # both sides' logits are divided by it, and the loss multiplied by its square
+    entries: int = 20  # of a server's answer, which holds the likeliest entries alone
+
+    def __post_init__(self) -> None:
+        _above("teacher", self, "temperature", "entries")
+
+
+@dataclass(frozen=True)
 class ModelChoice:
     """Which network is trained: a preset with changes, or one that is there already."""
 
@@ -91,11 +103,14 @@ class ModelChoice:
     start: str = (
         ""  # a model (folder, .gguf file, hub name) to start from, its network and weights, in place of a preset
     )
+    like: str = ""  # a model (folder, hub name) of any architecture whose shape is taken, with random weights
 
     def __post_init__(self) -> None:
-        if self.start and self.overrides:
-            raise Error("overrides are given, but the network comes from 'start'", where="model", fix="drop one")
-        if not self.start:
+        if self.start and self.like:
+            raise Error("both start and like are given", where="model", fix="drop one: like has random weights")
+        if (given := "start" if self.start else "like" if self.like else "") and self.overrides:
+            raise Error(f"overrides are given, but the network comes from '{given}'", where="model", fix="drop one")
+        if not given:
             self.shape()
 
     def shape(self, vocab_size: int | None = None) -> ModelConfig:
@@ -117,9 +132,12 @@ class ModelChoice:
         return config
 
 
-def check_vocabulary(rows: int, entries: int, where: str) -> None:
-    """Refuse a model whose `rows` of the embedding are not the tokenizer's `entries` (padding rows allowed)."""
-    if not entries <= rows <= entries + PADDING_ROWS:
+def check_vocabulary(rows: int, entries: int, where: str, *, any_padding: bool = False) -> None:
+    """Refuse a model whose `rows` of the embedding are not the tokenizer's `entries` (padding rows allowed).
+
+    any_padding: allow any number of them; other families have hundreds.
+    """
+    if rows < entries or (rows > entries + PADDING_ROWS and not any_padding):
         raise Error(
             f"the model's vocabulary has {rows} entries, the data's tokenizer {entries}",
             where=where,
@@ -187,11 +205,18 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig):
-    """A run of `gemstill train`: from scratch, on from a checkpoint, or distilled from a store."""
+    """A run of `gemstill train`: from scratch, on from a checkpoint, or distilled from a store or a teacher at hand."""
 
     data: DataChoice
     model: ModelChoice = field(default_factory=ModelChoice)
+    teacher: TeacherChoice = field(default_factory=TeacherChoice)
     hard: HardConfig = field(default_factory=HardConfig)  # the part of hard labels when distilling
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher.source and any(source.store for source in self.data.sources):
+            what = "there is a teacher and a source has a store"
+            raise Error(what, where="recipe", fix="distil from one of the two: drop teacher.source or the stores")
 
     @property
     def tokens_per_step(self) -> int:
@@ -222,8 +247,9 @@ def identity(config: LoopConfig, **more: Any) -> dict[str, Any]:
             flat[prefix] = value
 
     walk("", {key: value for key, value in (as_dict(config) | more).items() if key not in _FREE})
-    # Data are known by their fingerprints, not by where they lie.
+    # Data and teachers are known by their fingerprints, not by where they lie.
     places = (".folder", ".store", ".tokenizer")
+    flat.pop("teacher.source", None)
     return {key: value for key, value in flat.items() if not (key.startswith("data.") and key.endswith(places))}
 
 

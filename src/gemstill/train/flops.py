@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from gemstill.model.adapter import ForeignConfig
 from gemstill.model.config import ModelConfig
 
 
-def forward_flops(config: ModelConfig, window: int) -> float:
+def forward_flops(config: ModelConfig | ForeignConfig, window: int) -> float:
     """Operations of one token's forward pass in windows of `window` tokens, a product and a sum counted as two.
 
     2·(N + V·D) + Σ_layers 4·H·d·(keys seen): N parameters without embedding, V·D the head (the input
@@ -19,7 +20,7 @@ def forward_flops(config: ModelConfig, window: int) -> float:
     return matrices + 4.0 * config.num_heads * config.head_dim * seen
 
 
-def train_flops(config: ModelConfig, window: int) -> float:
+def train_flops(config: ModelConfig | ForeignConfig, window: int) -> float:
     """Operations of training on one token: forward once, backward twice that; 6·N plus head and attention."""
     return 3.0 * forward_flops(config, window)
 

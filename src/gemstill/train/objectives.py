@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from gemstill.core.errors import Error
 from gemstill.model.readout import Loss
-from gemstill.ops.target import Target
+from gemstill.ops.target import OnlineTarget, Target
 from gemstill.train.config import HardConfig
 
 if TYPE_CHECKING:
     from gemstill.data.loader import Batch
     from gemstill.distill.store import Store
+    from gemstill.distill.teachers import Teacher
 
 
 class _Stateless:
@@ -33,7 +34,7 @@ class Prepared(NamedTuple):
 
     tokens: Tensor
     documents: Tensor
-    target: Target
+    target: Target | OnlineTarget
     hard: tuple[Tensor, float] | None
 
 
@@ -42,6 +43,8 @@ class NextToken(_Stateless):
 
     compiled: fuse the loss's elementwise work by torch.compile.
     """
+
+    temperature = 1.0  # of the student's logits
 
     def __init__(self, *, compiled: bool = False) -> None:
         self.compiled = compiled
@@ -56,7 +59,7 @@ class NextToken(_Stateless):
 
     def loss(self, model: nn.Module, prepared: Prepared) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of cross-entropies, float32, nats."""
-        readout = Loss(prepared.target, hard=prepared.hard, compiled=self.compiled)
+        readout = Loss(prepared.target, prepared.hard, self.temperature, self.compiled)
         return model(prepared.tokens, documents=prepared.documents, readout=readout), {}
 
 
@@ -71,6 +74,9 @@ class FromStore(NextToken):
         if not stores:
             raise Error("there is no store to distil from", where="objective")
         self.stores, self.hard, self.steps = list(stores), hard, steps
+        self.temperature = self.stores[0].info.temperature
+        if any(store.info.temperature != self.temperature for store in self.stores):
+            raise Error("the stores are of different temperatures", where="objective", fix="teach them at the same one")
 
     def prepare(self, batch: Batch, step: int) -> Prepared:
         """See Objective. Reads the teacher's rows of the batch's windows; row i is the distribution of token i + 1."""
@@ -93,3 +99,43 @@ class FromStore(NextToken):
         padded = [[F.pad(x, (0, widest - x.shape[1])) for x in part[:2]] for part in parts]
         ids, probs = (torch.cat([part[i] for part in padded]) for i in (0, 1))
         return Target(ids, probs, torch.cat([part.weight for part in parts]))
+
+
+class FromTeacher(NextToken):
+    """Distillation from a teacher at hand, its whole distribution, with hard labels mixed in by `hard`.
+
+    The teacher reads the same windows, told apart by the same documents, without gradients; neither side's logits
+    are kept. vocab_size: entries of the tokenizer. rows: of the student's head. temperature: of both sides' logits.
+    steps: of the whole run, for the mixture's line.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        hard: HardConfig,
+        steps: int,
+        *,
+        vocab_size: int,
+        rows: int,
+        temperature: float = 1.0,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(compiled=compiled)
+        self.teacher, self.hard, self.steps = teacher, hard, steps
+        self.vocab_size, self.rows, self.temperature = vocab_size, rows, temperature
+
+    def prepare(self, batch: Batch, step: int) -> Prepared:
+        """See Objective. Runs the teacher over the batch's windows."""
+        target = self.teacher.distribution(batch.tokens, batch.documents)
+        target = target._replace(weight=target.weight * batch.weight.reshape(-1))
+        if isinstance(target, OnlineTarget):
+            # Padding rows of a head of another height than the student's have no counterpart.
+            head = target.head if len(target.head) == self.rows else target.head[: self.vocab_size]
+            target = target._replace(head=head, temperature=self.temperature)
+        else:
+            from gemstill.distill.teachers import tempered
+
+            target = tempered(target, self.temperature)
+        fraction = self.hard.fraction(step, self.steps)
+        hard = (batch.labels.reshape(-1), fraction) if fraction > 0 else None
+        return Prepared(batch.tokens, batch.documents, target, hard)

@@ -133,16 +133,23 @@ class Optimizer:
     """All parameters of a model with the rule that each moves by.
 
     muon: Muon on matrices of the blocks, AdamW (arXiv 1711.05101) on embeddings, head and norms. adamw:
-    AdamW on all. Weight decay is for the blocks' matrices alone. dtype: of Muon's products.
+    AdamW on all. Weight decay is for the blocks' matrices alone. dtype: of Muon's products. matrices: those of the
+    blocks; by default all whose names do not say that they are an embedding or a head.
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, Tensor]], config: OptimizerConfig, *, dtype: torch.dtype = torch.float32
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        config: OptimizerConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        matrices: Iterable[Tensor] | None = None,
     ) -> None:
         self.config = config
         self.names = {p: name for name, p in named}
-        hidden = [p for p, name in self.names.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
-        chosen = set(hidden)
+        plain = [p for p, name in self.names.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+        chosen = set(plain if matrices is None else matrices)
+        hidden = [p for p in self.names if p in chosen]
         others = [p for p in self.names if p not in chosen]
         self.parts: list[torch.optim.Optimizer] = []
         adam: list[dict[str, Any]] = [{"params": others, "lr": config.embedding_rate, "weight_decay": 0.0}]

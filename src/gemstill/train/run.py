@@ -18,20 +18,22 @@ from gemstill.core.config import dump
 from gemstill.core.errors import Error
 from gemstill.core.files import locked, read_json, sha256, write, write_json
 from gemstill.core.notices import note
-from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
 from gemstill.ops.native import why_not
-from gemstill.train.config import TrainConfig, check_same, check_vocabulary, identity
-from gemstill.train.flops import train_flops
+from gemstill.train import student
+from gemstill.train.config import TrainConfig, check_same, identity
+from gemstill.train.flops import forward_flops, train_flops
 from gemstill.train.heldout import Evaluation, evaluate
 from gemstill.train.loop import Loop
-from gemstill.train.objectives import FromStore, NextToken
+from gemstill.train.objectives import FromStore, FromTeacher, NextToken
 from gemstill.train.optimizer import Optimizer
 from gemstill.train.parallel import Ranks, ranks, shard, whole
+from gemstill.train.student import Shape
 
 if TYPE_CHECKING:
     from gemstill.data.dataset import TokenDataset
     from gemstill.distill.store import Store
+    from gemstill.distill.teachers import Teacher
     from gemstill.text.tokenizer import Tokenizer
 
 RECIPE = "recipe.json"  # all that the run's result depends on; what a later command must agree with
@@ -45,14 +47,16 @@ class _Data:
     heldout: list[TokenDataset]  # those that hold any document
     stores: list[Store]
     tokenizer: Tokenizer
+    teacher: Teacher | None  # that answers while the student learns
 
     def fingerprints(self) -> dict[str, Any]:
         heldout = [dataset.fingerprint for dataset in self.heldout]
         from gemstill.distill.store import INDEX
 
         stores = [sha256(store.folder / INDEX) for store in self.stores]
-        return {"data_fingerprints": [d.fingerprint for d in self.train], "heldout_fingerprints": heldout,
-                "store_fingerprints": stores, "tokenizer_fingerprint": self.tokenizer.fingerprint}  # fmt: skip
+        found = {"data_fingerprints": [d.fingerprint for d in self.train], "heldout_fingerprints": heldout,
+                 "store_fingerprints": stores, "tokenizer_fingerprint": self.tokenizer.fingerprint}  # fmt: skip
+        return found | ({"teacher_fingerprint": self.teacher.fingerprint} if self.teacher else {})
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -70,7 +74,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     keep_freed_memory()
     with ranks() as here, locked(folder) if here.rank == 0 else nullcontext():
         data = _open(config)
-        shape = _shape(config, data)
+        data = dataclasses.replace(data, teacher=_teacher(config, data, here))
+        shape = student.shape_of(config.model, data.tokenizer)
         # All ranks take the first one's word: measured speeds differ from process to process.
         config, recipe = here.share(_settle(config, shape, data, here) if here.rank == 0 else None)
         if here.rank == 0:
@@ -93,7 +98,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         Error: as `train` does for data, store, tokenizer and model that do not fit each other.
     """
     data = _open(config)
-    shape = _shape(config, data)
+    shape = student.shape_of(config.model, data.tokenizer)
     settled, _ = _settle(config, shape, data, Ranks())
     parameters = shape.body_parameters + shape.embedding_parameters
     flops = train_flops(shape, config.data.window) * config.tokens_per_step * settled.steps
@@ -148,20 +153,31 @@ def _open(config: TrainConfig) -> _Data:
         for source, dataset in zip(sources, train_sets, strict=True)
         if source.store
     ]
-    return _Data(train_sets, [d for d in heldout if d.num_tokens >= config.data.window], stores, tokenizer)
+    return _Data(train_sets, [d for d in heldout if d.num_tokens >= config.data.window], stores, tokenizer, None)
 
 
-def _shape(config: TrainConfig, data: _Data) -> ModelConfig:
-    if not config.model.start:
-        return config.model.shape(data.tokenizer.vocab_size)
-    from gemstill.checkpoint.source import shape_of
+def _teacher(config: TrainConfig, data: _Data, here: Ranks) -> Teacher | None:
+    """The teacher that the recipe names, whole on every rank, in the run's precision."""
+    if not config.teacher.source:
+        return None
+    from gemstill.distill.teachers import open_teacher
 
-    shape = shape_of(config.model.start)
-    check_vocabulary(shape.vocab_size, data.tokenizer.vocab_size, config.model.start)
-    return shape
+    return open_teacher(
+        config.teacher.source, data.tokenizer.fingerprint, dtype=getattr(torch, _precision(config, here)),
+        device=here.device, tokenizer=data.tokenizer, entries=config.teacher.entries,
+    )  # fmt: skip
 
 
-def _settle(config: TrainConfig, shape: ModelConfig, data: _Data, here: Ranks) -> tuple[TrainConfig, dict[str, Any]]:
+def _precision(config: TrainConfig, here: Ranks) -> str:
+    """The dtype of the run's products; a run that was begun keeps what was decided then."""
+    path = Path(config.run) / RECIPE
+    saved = read_json(path) if path.exists() else {}
+    if config.precision != "auto":
+        return config.precision
+    return str(saved.get("precision") or machine.fast_dtype(here.device.type)).removeprefix("torch.")
+
+
+def _settle(config: TrainConfig, shape: Shape, data: _Data, here: Ranks) -> tuple[TrainConfig, dict[str, Any]]:
     """The recipe with all that was left to the machine decided, and what its result depends on.
 
     A run that was begun keeps what was decided then.
@@ -173,10 +189,8 @@ def _settle(config: TrainConfig, shape: ModelConfig, data: _Data, here: Ranks) -
             f"{config.windows_per_step} windows a step do not divide among {here.world} ranks",
             where="recipe", fix="make windows_per_step a multiple of the ranks",
         )  # fmt: skip
-    precision: Any = config.precision
+    precision: Any = _precision(config, here)
     compiling: Any = config.compile
-    if precision == "auto":
-        precision = saved.get("precision") or str(machine.fast_dtype(here.device.type)).removeprefix("torch.")
     settled = dataclasses.replace(config, steps=config.total_steps, tokens=0, precision=precision)
     if compiling == "auto":
         compiling = saved.get("compile") or ("on" if here.device.type == "cuda" and here.world == 1 else "off")
@@ -195,24 +209,22 @@ def _rate(precision: str) -> float:
     return 1e9 * max(1e-3, machine.probe().rate(getattr(torch, precision)))
 
 
-def _loop(config: TrainConfig, recipe: dict[str, Any], shape: ModelConfig, data: _Data, here: Ranks) -> Loop:
+def _loop(config: TrainConfig, recipe: dict[str, Any], shape: Shape, data: _Data, here: Ranks) -> Loop:
     from gemstill.data.loader import Loader
 
     if here.device.type == "cpu" and here.rank == 0 and (reason := why_not()):
         note(f"no native kernels ({reason}): training runs in plain PyTorch operations, slower")
     precision: torch.dtype = getattr(torch, config.precision)
-    model = _model(config, shape).to(here.device)
+    model = student.begin(config.model, shape, data.tokenizer, config.seed).to(here.device)
     model.compute_dtype = precision
     model.checkpointing = config.activation_checkpointing
-    shard(model, list(model.layers), here, precision)
+    blocks = list(model.layers)
+    # What autocast makes of a block's weights is its own matter: there they travel as they are kept.
+    shard(model, blocks, here, precision if isinstance(model, Transformer) else torch.float32)
     compiled = config.compile == "on"
     if compiled:
         model.compile_blocks()
-    objective = (
-        FromStore(data.stores, config.hard, config.steps, compiled=compiled)
-        if data.stores
-        else NextToken(compiled=compiled)
-    )
+    objective = _objective(config, shape, data, compiled)
     weights = [source.weight for source in config.data.sources]
     pairs = list(zip(data.train, weights, strict=True))
     loader = Loader(pairs, config.data.window, config.windows_per_step, config.seed)
@@ -225,27 +237,27 @@ def _loop(config: TrainConfig, recipe: dict[str, Any], shape: ModelConfig, data:
 
     flops = train_flops(shape, config.data.window)
     rate = _rate(config.precision) if here.device.type == "cpu" else 0.0
-    optimizer = Optimizer(model.named_parameters(), config.optimizer, dtype=precision)
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    optimizer = Optimizer(model.named_parameters(), config.optimizer, dtype=precision, matrices=matrices)
     return Loop(model, objective, loader, optimizer, config, recipe, here, score if data.heldout else None, flops, rate)
 
 
-def _model(config: TrainConfig, shape: ModelConfig) -> Transformer:
-    if not config.model.start:
-        return Transformer(shape, seed=config.seed)
-    from gemstill.checkpoint.source import load
-
-    return load(config.model.start, dtype=torch.float32)[0]
+def _objective(config: TrainConfig, shape: Shape, data: _Data, compiled: bool) -> NextToken:
+    if data.teacher is not None:
+        return FromTeacher(
+            data.teacher, config.hard, config.steps, vocab_size=data.tokenizer.vocab_size, rows=shape.vocab_size,
+            temperature=config.teacher.temperature, compiled=compiled,
+        )  # fmt: skip
+    if data.stores:
+        return FromStore(data.stores, config.hard, config.steps, compiled=compiled)
+    return NextToken(compiled=compiled)
 
 
 def _finish(
-    folder: Path, config: TrainConfig, loop: Loop, shape: ModelConfig, weights: dict[str, torch.Tensor], data: _Data
+    folder: Path, config: TrainConfig, loop: Loop, shape: Shape, weights: dict[str, torch.Tensor], data: _Data
 ) -> dict[str, Any]:
-    from gemstill.checkpoint.source import save
     from gemstill.train.card import model_card
 
-    with torch.device("meta"):
-        model = Transformer(shape)
-    model.load_state_dict(weights, assign=True)
     unit = 1 if sys.platform == "darwin" else 1024
     summary = {
         "parameters": shape.body_parameters + shape.embedding_parameters,
@@ -253,6 +265,7 @@ def _finish(
         "steps": loop.step,
         "tokens_seen": loop.tokens,
         "flops": loop.flops * loop.tokens,
+        **_teacher_flops(config, loop, data),
         "loss": loop.last.get("loss", math.nan),
         **loop.heldout,
         "seconds": loop.seconds,
@@ -262,16 +275,23 @@ def _finish(
         "compiled": config.compile == "on",
         "ranks": loop.here.world,
     }
-    card = model_card(config, shape, summary, [store.info for store in data.stores], _start(config))
-    save(model, data.tokenizer, folder / "model", card=card)
+    taught = (data.teacher.name, data.teacher.licence) if data.teacher else None
+    card = model_card(config, shape, summary, [store.info for store in data.stores], _start(config), taught)
+    student.write(loop.model, weights, data.tokenizer, folder / "model", card)  # type: ignore[arg-type]
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _teacher_flops(config: TrainConfig, loop: Loop, data: _Data) -> dict[str, float]:
+    """Operations of the teacher's forward passes, where it ran here."""
+    shape = getattr(getattr(data.teacher, "model", None), "config", None)
+    return {"teacher_flops": forward_flops(shape, config.data.window) * loop.tokens} if shape else {}
 
 
 def _start(config: TrainConfig) -> tuple[str, str] | None:
     """Name and licence of the model that training starts from."""
     if not config.model.start:
         return None
-    from gemstill.checkpoint import sidecars, source
+    from gemstill.checkpoint import foreign, sidecars, source
 
-    return source.name_of(config.model.start), sidecars.licence(source.find(config.model.start))
+    return source.name_of(config.model.start), sidecars.licence(foreign.place_of(config.model.start))
