@@ -10,6 +10,8 @@ from gemstill.distill.estimators import Estimator
 from gemstill.model.config import ModelConfig
 from gemstill.train.config import HardConfig, ModelChoice, OptimizerConfig, ScheduleConfig
 
+MULTIPLE = 64  # of a trained tokenizer's entries
+
 
 def _positive(where: str, **values: float) -> None:
     for name, value in values.items():
@@ -77,7 +79,7 @@ class LadderConfig:
 
     run: str = "runs/ladder"  # folder of the run
     data: str = ""  # a folder of text to learn from; empty: the sources of Python's own standard library
-    vocab_size: int = 4096  # entries of the tokenizer
+    vocab_size: int = 4096  # entries of the tokenizer, a multiple of 64
     heldout_fraction: float = 0.05  # part of the documents kept for measuring
     student_fraction: float = 0.45  # part of the other documents that students read and the store covers
     window: int = 256  # tokens of one training window
@@ -99,6 +101,9 @@ class LadderConfig:
         _positive(
             "ladder", tokens=self.tokens, window=self.window, windows_per_step=self.windows_per_step, budget=self.budget
         )
+        if self.vocab_size % MULTIPLE:
+            what = f"vocab_size is {self.vocab_size}, no multiple of {MULTIPLE}"
+            raise Error(what, where="ladder", fix="the tokenizer is filled up to one: name it")
         if self.seeds < 2:
             raise Error(f"seeds is {self.seeds}", where="ladder", fix="an interval takes at least 2 pairs")
         if self.ablations.seeds > self.seeds or self.ablations.seeds == 1:
