@@ -124,6 +124,13 @@ def open_teacher(
     Raises:
         Error: there is no such model, or it cannot be opened; its tokenizer is another one (both are named).
     """
+    if str(place).startswith(SERVERS):
+        from gemstill.distill.server import ServerTeacher
+
+        if tokenizer is None:
+            fix = "name the data's tokenizer: tokenizer=FOLDER"
+            raise Error("what a server's ids mean is known by comparing tokenizers", where=place, fix=fix)
+        return ServerTeacher.open(str(place), tokenizer, entries)
     loaded()  # native kernels from the first block on, so that a store's bytes do not depend on when they are built
     path = foreign.place_of(place)
     wanted = machine.fast_dtype(str(torch.device(device).type)) if dtype is None else dtype
