@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gemstill.infer.generate import generate, stream
     from gemstill.model.config import ModelConfig
     from gemstill.model.transformer import Transformer
-    from gemstill.ops.loss import linear_cross_entropy
+    from gemstill.ops.loss import linear_cross_entropy, linear_jensen_shannon, linear_reverse_kl
     from gemstill.ops.target import OnlineTarget, Target
     from gemstill.text.tokenizer import Tokenizer
 
@@ -31,6 +31,8 @@ _HOMES = {
     "Transformer": "model.transformer",
     "generate": "infer.generate",
     "linear_cross_entropy": "ops.loss",
+    "linear_jensen_shannon": "ops.loss",
+    "linear_reverse_kl": "ops.loss",
     "load": "checkpoint.source",
     "save": "checkpoint.source",
     "stream": "infer.generate",
@@ -46,6 +48,8 @@ __all__ = [
     "Transformer",
     "generate",
     "linear_cross_entropy",
+    "linear_jensen_shannon",
+    "linear_reverse_kl",
     "load",
     "save",
     "stream",

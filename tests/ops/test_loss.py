@@ -9,22 +9,31 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemstill.core.errors import Error
-from gemstill.ops import logits
-from gemstill.ops import loss as room
+from gemstill.ops import logits, products
 from gemstill.ops.loss import linear_cross_entropy, log_probs
-from gemstill.ops.target import OnlineTarget, Target
+from gemstill.ops.target import Target
 
 
-def plain(hidden, head, target, softcap=None, hard=None):
+def plain(hidden, head, target, softcap=None, hard=None, temperature=1.0, rest="drop", reduction="sum"):
     """Σ weight · ((Σp)·lse(z) − Σ p·z), p dense."""
     z = hidden @ head.to(hidden.dtype).T
     z = z.float() if z.dtype == torch.bfloat16 else z
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+    log_q = z.log_softmax(1)
     p = torch.zeros_like(z).scatter_add(1, target.ids, target.probs.to(z.dtype))
-    if hard is not None:
-        p = (1 - hard[1]) * p + hard[1] * F.one_hot(hard[0], len(head))
+    if rest == "renormalise":
+        p = p / p.sum(1, keepdim=True)
     rows = p.sum(1) * z.logsumexp(1) - (p * z).sum(1)
-    return (rows * target.weight.to(z.dtype)).sum()
+    if rest == "bucket":
+        outside = log_q.masked_fill(p > 0, -torch.inf).logsumexp(1)
+        left = 1 - p.sum(1)
+        rows = rows - torch.where(left > 1e-6, left * outside, 0.0)
+    if hard is not None:
+        rows = (1 - hard[1]) * rows - hard[1] * log_q.gather(1, hard[0][:, None])[:, 0]
+    weight = target.weight.to(z.dtype)
+    return (
+        rows * weight if reduction == "none" else (rows * weight).sum() / (weight.sum() if reduction == "mean" else 1)
+    )
 
 
 def inputs(rows, width, vocab, slots, seed=0, dtype=torch.float64):
@@ -46,8 +55,8 @@ def inputs(rows, width, vocab, slots, seed=0, dtype=torch.float64):
 
 def blocks(monkeypatch, rows, vocab):
     """Products over `rows` tokens at once, plain operations over half of them."""
-    monkeypatch.setattr(room, "ROWS", rows)
-    monkeypatch.setattr(room, "ELEMENTS", 0)
+    monkeypatch.setattr(products, "ROWS", rows)
+    monkeypatch.setattr(products, "ELEMENTS", 0)
     monkeypatch.setattr(logits, "TILE", rows // 2 * vocab)
 
 
@@ -59,32 +68,42 @@ def gradients(function, hidden, head, *args, **options):
 
 
 SHAPES = [(1, 4, 3, 1), (7, 5, 11, 1), (7, 5, 11, 4), (13, 16, 29, 29), (40, 8, 101, 6)]
-OPTIONS = list(itertools.product(SHAPES, [None, 30.0, 2.0, 90.0], [None, 0.0, 0.25, 1.0], [None, 1, 3]))
+REST, TEMPERATURES = ["drop", "renormalise", "bucket"], [1.0, 0.5, 2.0]
+OPTIONS = list(
+    itertools.product(SHAPES, [None, 30.0, 2.0, 90.0], [None, 0.0, 0.25, 1.0], [None, 1, 3], REST, TEMPERATURES)
+)
 
 
 def relative(a, b):
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0, 1.5])
-@pytest.mark.parametrize("fraction", [None, 0.25])
-@pytest.mark.parametrize("slots", [1, 3])
-def test_gradcheck(softcap, fraction, slots, monkeypatch):
+@pytest.mark.parametrize("rest", ["drop", "renormalise", "bucket"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("fraction", "slots"), [(None, 1), (0.25, 3)])
+def test_gradcheck(rest, softcap, fraction, slots, monkeypatch):
     hidden, head, target = inputs(6, 4, 9, slots)
     blocks(monkeypatch, 2, 9)
     hard = None if fraction is None else (torch.arange(6), fraction)
     leaves = (hidden.requires_grad_(), head.requires_grad_())
-    assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, target, softcap=softcap, hard=hard) * 1.7, leaves, nondet_tol=1e-12
-    )
+    for reduction in ("sum", "none"):
+        options = {"softcap": softcap, "hard": hard, "rest": rest, "temperature": 1.3, "reduction": reduction}
+        assert torch.autograd.gradcheck(
+            lambda h, w, options=options: linear_cross_entropy(h, w, target, **options) * 1.7, leaves, nondet_tol=1e-12
+        )
 
 
-@pytest.mark.parametrize(("shape", "softcap", "fraction", "tile"), random.Random(0).sample(OPTIONS, 60), ids=str)
-def test_value_and_gradients(shape, softcap, fraction, tile, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "softcap", "fraction", "tile", "rest", "temperature"), random.Random(0).sample(OPTIONS, 90), ids=str
+)
+def test_value_and_gradients(shape, softcap, fraction, tile, rest, temperature, monkeypatch):
     """float64 to rounding; float32 and a float32 head under bfloat16 against float64. tile: rows at once."""
     hidden, head, target = inputs(*shape)
     labels = torch.randint(shape[2], (shape[0],), generator=torch.Generator().manual_seed(5))
-    options = {"softcap": softcap, "hard": None if fraction is None else (labels, fraction)}
+    hard = None if fraction is None else (labels, fraction)
+    options = {"softcap": softcap, "hard": hard, "rest": rest, "temperature": temperature}
+    if rest == "bucket" and shape[3] == shape[2]:  # nothing is left for the bucket
+        target = target._replace(probs=target.probs / target.probs.sum(1, keepdim=True))
     if tile:
         blocks(monkeypatch, tile, shape[2])
     exact = gradients(plain, hidden, head, target, **options)
@@ -255,35 +274,6 @@ def test_compiled_is_the_same(softcap, dtype):
     fused = gradients(linear_cross_entropy, hidden, head, target, softcap=softcap, compiled=True)
     for a, b in zip(eager, fused, strict=True):
         assert relative(a.double(), b.double()) <= (1e-5 if dtype == torch.float32 else 5e-3)
-
-
-def plain_online(hidden, head, teacher, softcap=None, temperature=1.0, hard=None):
-    def log_softmax(hidden, head, softcap, temperature):
-        z = hidden @ head.T
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        return (z / temperature).log_softmax(1)
-
-    q = log_softmax(hidden, head, softcap, temperature)
-    p = log_softmax(teacher.hidden.to(q.dtype), teacher.head.to(q.dtype), teacher.softcap, teacher.temperature)
-    rows = -(p.exp() * q).sum(1)
-    if hard is not None:
-        rows = (1 - hard[1]) * rows - hard[1] * q.gather(1, hard[0][:, None])[:, 0]
-    return (rows * teacher.weight.to(q.dtype)).sum()
-
-
-@pytest.mark.parametrize("tile", [2, 1000])
-@pytest.mark.parametrize(
-    ("caps", "temperatures"), [((None, None), (1, 1)), ((30.0, 4.0), (1, 2)), ((5.0, None), (0.7, 1))]
-)
-def test_online(caps, temperatures, tile, monkeypatch):
-    hidden, head, target = inputs(9, 4, 30, 1)
-    g = torch.Generator().manual_seed(3)
-    theirs = [torch.randn(n, 7, generator=g, dtype=torch.float64) for n in (9, 30)]
-    teacher = OnlineTarget(*theirs, caps[0], temperatures[0], target.weight)
-    options = {"softcap": caps[1], "temperature": temperatures[1], "hard": (target.ids[:, 0], 0.25)}
-    blocks(monkeypatch, tile, 30)
-    expected = gradients(plain_online, hidden, head, teacher, **options)
-    torch.testing.assert_close(gradients(linear_cross_entropy, hidden, head, teacher, **options), expected)
 
 
 def test_shapes_that_do_not_fit_are_refused():

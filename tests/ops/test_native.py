@@ -11,11 +11,11 @@ from gemstill.core.errors import Error
 from gemstill.ops import native
 from gemstill.ops.attention import attention, make_mask
 from gemstill.ops.fused import geglu, joint_linear, rms_norm, rotated_heads
-from gemstill.ops.loss import linear_cross_entropy
-from gemstill.ops.target import Target
+from gemstill.ops.loss import linear_cross_entropy, linear_jensen_shannon, linear_reverse_kl
+from gemstill.ops.target import OnlineTarget, Target
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=f"no native kernels: {native.why_not()}")
-ROOMS = ("attention", "fused", "loss")
+ROOMS = ("attention", "fused", "logits", "columns")
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -123,14 +123,32 @@ def test_attention_over_holes(softcap, plainly):
     check(lambda q, k, v: attention(q, k, v, mask, softcap=softcap), inputs, plainly)
 
 
+@pytest.mark.parametrize("rest", ["drop", "bucket"])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("softcap", [None, 4.0, 30.0, 80.0])
 @pytest.mark.parametrize("vocab", [11, 5000])
-def test_loss(vocab, softcap, plainly):
+def test_loss(vocab, softcap, temperature, rest, plainly):
     ids = torch.randint(0, vocab, (17, 3), generator=torch.Generator().manual_seed(0))
     ids[3] = ids[3, 0]  # the same entry three times
-    target = Target(ids, torch.rand(17, 3, generator=torch.Generator().manual_seed(1)), torch.arange(17.0) % 3)
+    probs = torch.rand(17, 3, generator=torch.Generator().manual_seed(1)) / 2
+    probs[5:7, 1] = 0.0
+    target = Target(ids, probs, torch.arange(17.0) % 3)
     inputs = [draw(17, 16, scale=2.0), draw(vocab, 16, seed=1)]
-    check(lambda h, w: linear_cross_entropy(h, w, target, softcap=softcap), inputs, plainly)
+    options = {"softcap": softcap, "temperature": temperature, "rest": rest, "hard": (ids[:, 2], 0.25)}
+    check(lambda h, w: linear_cross_entropy(h, w, target, **options), inputs, plainly)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_reverse_kl, linear_jensen_shannon])
+@pytest.mark.parametrize("caps", [(None, None), (4.0, 30.0), (80.0, None)], ids=str)
+@pytest.mark.parametrize("vocab", [11, 5000])
+def test_divergences(vocab, caps, function, plainly):
+    """The teacher's side is in float32 throughout: of both dtypes at once."""
+    weight = torch.arange(17.0) % 3
+    teacher = OnlineTarget(draw(17, 8, seed=2), draw(vocab, 8, seed=3), caps[0], 1.3, weight)
+    labels = torch.randint(0, vocab, (17,), generator=torch.Generator().manual_seed(0))
+    inputs = [draw(17, 16, scale=2.0), draw(vocab, 16, seed=1)]
+    for options in ({"temperature": 0.7}, {"hard": (labels, 0.25)}):
+        check(lambda h, w, o=options: function(h, w, teacher, softcap=caps[1], **o), inputs, plainly)
 
 
 def test_a_loss_that_is_not_a_number_stays_so():

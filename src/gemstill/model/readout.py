@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemstill.ops.loss import linear_cross_entropy, log_probs
+from gemstill.ops.loss import Backward, linear_cross_entropy, log_probs
 from gemstill.ops.target import OnlineTarget, Target
 
 Readout = Callable[[Tensor, Tensor, float | None], Any]
@@ -52,26 +52,25 @@ class Loss:
     target: Target | OnlineTarget
     hard: tuple[Tensor, float] | None = None
     temperature: float = 1.0
+    backward: Backward = "exact"
+    seed: int = 0
     compiled: bool = False
 
     def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
         flat, t = hidden.flatten(0, 1), self.temperature
         if isinstance(self.target, OnlineTarget) and len(self.target.head) < len(head):
             head = head[: len(self.target.head)]  # the rest is padding
+        how: dict[str, Any] = {
+            "softcap": softcap, "backward": self.backward, "seed": self.seed, "compiled": self.compiled
+        }  # fmt: skip
         loss: Tensor
-        plain: Tensor
         if t == 1 or self.hard is None:
-            loss = linear_cross_entropy(
-                flat, head, self.target, softcap=softcap, temperature=t, hard=self.hard, compiled=self.compiled
-            )
+            loss = linear_cross_entropy(flat, head, self.target, temperature=t, hard=self.hard, **how)
             return loss * t**2 if t != 1 else loss
         labels, fraction = self.hard
-        loss = linear_cross_entropy(flat, head, self.target, softcap=softcap, temperature=t, compiled=self.compiled) * (
-            t**2 * (1 - fraction)
-        )
-        known = Target.hard(labels, self.target.weight)
-        plain = linear_cross_entropy(flat, head, known, softcap=softcap, compiled=self.compiled)
-        return loss + fraction * plain
+        loss = linear_cross_entropy(flat, head, self.target, temperature=t, **how) * (t**2 * (1 - fraction))
+        known: Tensor = linear_cross_entropy(flat, head, Target.hard(labels, self.target.weight), **how)
+        return loss + fraction * known
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ import functools
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemstill.ops.attention import tanh
@@ -17,8 +16,10 @@ from gemstill.ops.native import kernels
 from gemstill.ops.target import OnlineTarget
 
 TILE = 1 << 22  # elements that plain operations make temporaries of at once
+CAST = 1 << 24  # elements of a head that are cast at once
 
 Kind = Literal["cross_entropy", "reverse_kl", "jensen_shannon"]
+KINDS = get_args(Kind)  # as the native kernels number them
 
 
 class Cap(NamedTuple):
@@ -31,6 +32,11 @@ class Cap(NamedTuple):
     def bounded(self) -> bool:
         """Whether e^z and sums of it lie well inside float32, so that no maximum need be taken out."""
         return self.softcap is not None and self.softcap / self.temperature <= 60
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """As the native kernels take them: no cap is 0."""
+        return self.softcap or 0.0, self.temperature
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z and dz/dx, float32 (float64 for float64)."""
@@ -90,16 +96,17 @@ class Sparse:
     cap: Cap
     compiled: bool
 
-    blocks = 1  # [n, V] tensors that `consume` needs, `raw` among them
+    def spare(self, raw: Tensor) -> Tensor | None:
+        """Further memory that `consume` needs beside `raw` [n, V]: none."""
 
-    def consume(self, raw: Tensor, rows: slice, weight: Tensor, gradient: bool) -> Tensor:
+    def consume(self, raw: Tensor, rows: slice, weight: Tensor, gradient: bool, spare: Tensor | None) -> Tensor:
         """Losses [n] of raw logits [n, V], wide, times `weight` [n]; `raw` becomes their gradient where wanted."""
         ids, probs = self.ids[rows], self.probs[rows]
         rest = None if self.rest is None else self.rest[rows]
-        if rest is None and self.cap.temperature == 1 and (native := kernels(raw)) is not None:
+        if (native := kernels(raw)) is not None:
             losses = torch.empty(len(raw), dtype=torch.float32)
-            whole = ids.contiguous(), probs.float().contiguous(), weight.float().contiguous()
-            native.cross_entropy(raw, *whole, losses, self.cap.softcap or 0.0, gradient)
+            whole = (x.float().contiguous() for x in (probs, weight.new_empty(0) if rest is None else rest, weight))
+            native.cross_entropy(raw, ids.contiguous(), *whole, losses, self.inside, *self.cap.numbers, gradient)
             return losses
         parts = []
         for some in cut(len(raw), TILE // raw.shape[1]):
@@ -122,16 +129,17 @@ class Sparse:
                 # (Σp)·softmax − p, times the slope of the cap.
                 raw.copy_(softmax_gradient(raw, lse, total, self.cap).scatter_add_(1, ids, -p * slope))
             return losses[:, 0]
+        there = rest[:, None] > 0
         left = rest[:, None].to(lse.dtype) * weight
         z, steep = self.cap(raw)
         taken = torch.where(probs[:, : self.inside] > 0, -torch.inf, 0.0).to(z.dtype)
         outside = z.scatter_add(1, ids[:, : self.inside], taken)
         log_outside = outside.logsumexp(1, keepdim=True)
-        losses = losses + torch.where(left > 0, left * (lse - log_outside), 0.0)
+        losses = losses + torch.where(there, left * (lse - log_outside), 0.0)
         if gradient:
             # The bucket's log-probability is lse(outside) − lse: its gradient is the difference of the softmaxes.
             g = (z - lse).exp() * (total + left)
-            g -= torch.where(left > 0, left * (outside - log_outside).exp(), 0.0)
+            g -= torch.where(there, left * (outside - log_outside).exp(), 0.0)
             raw.copy_((g * steep).scatter_add_(1, ids, -p * slope))
         return losses[:, 0]
 
@@ -147,16 +155,26 @@ class Online:
     fraction: float
     cap: Cap
 
-    blocks = 2
+    def spare(self, raw: Tensor) -> Tensor | None:
+        """Room for the teacher's raw logits [n, V]."""
+        return torch.empty(raw.shape, dtype=self.teacher.hidden.dtype, device=raw.device)
 
-    def consume(self, raw: Tensor, rows: slice, weight: Tensor, gradient: bool) -> Tensor:
+    def consume(self, raw: Tensor, rows: slice, weight: Tensor, gradient: bool, spare: Tensor | None) -> Tensor:
         """As Sparse.consume does."""
-        theirs = product(self.teacher.hidden[rows], self.teacher.head)
+        assert spare is not None
+        theirs = product(self.teacher.hidden[rows], self.teacher.head, spare[: len(raw)])
         labels = None if self.labels is None else self.labels[rows, None]
+        theirs_cap = Cap(self.teacher.softcap, self.teacher.temperature)
+        if kernels(theirs) is not None and (native := kernels(raw)) is not None:
+            losses = torch.empty(len(raw), dtype=torch.float32)
+            given = torch.empty(0, dtype=torch.int64) if labels is None else labels.contiguous()
+            options = KINDS.index(self.kind), self.beta, self.fraction, *self.cap.numbers, *theirs_cap.numbers, gradient
+            native.divergence(raw, theirs, given, weight.float().contiguous(), losses, *options)
+            return losses
         parts = []
-        for some in cut(len(raw), TILE // raw.shape[1]):
-            label = None if labels is None else labels[some]
-            parts.append(self._tile(raw[some], theirs[some], label, weight[some], gradient))
+        for tile in cut(len(raw), TILE // raw.shape[1]):
+            label = None if labels is None else labels[tile]
+            parts.append(self._tile(raw[tile], theirs[tile], label, weight[tile], gradient))
         return torch.cat(parts)
 
     def _tile(self, raw: Tensor, theirs: Tensor, label: Tensor | None, weight: Tensor, gradient: bool) -> Tensor:
@@ -191,6 +209,10 @@ class Online:
         return self.beta * forward + (1 - self.beta) * reverse, (1 - self.beta) * q * (ratio - reverse)
 
 
-def product(x: Tensor, head: Tensor) -> Tensor:
-    """x·headᵀ [n, V] in the dtype of x [n, D]."""
-    return F.linear(x, head.to(x.dtype))
+def product(x: Tensor, head: Tensor, out: Tensor) -> Tensor:
+    """out [n, V] = x·headᵀ in the dtype of x [n, D]; a head of another dtype is cast a part at a time."""
+    if head.dtype == x.dtype:
+        return torch.mm(x, head.T, out=out)
+    for part in cut(len(head), CAST // head.shape[1]):
+        torch.mm(x, head[part].to(x.dtype).T, out=out[:, part])
+    return out

@@ -1,0 +1,156 @@
+"""The loss's matrix products in blocks of tokens and tiles of the vocabulary, and their place in autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gemstill.ops.columns import Columns, choose
+from gemstill.ops.logits import CAST, Online, Sparse, cut, product, wide
+
+ROWS = 512  # tokens whose raw logits are held at once, in the products' dtype
+ELEMENTS = 1 << 22  # of raw logits held at once, where a small vocabulary lets them be of more tokens
+PART = 1 << 21  # elements of the head's gradient that one product makes: they stay in a processor's cache
+COLUMNS = 1 << 13  # of the vocabulary, summed at once: longer sums are no faster
+
+Job = Sparse | Online
+
+
+def walk(
+    hidden: Tensor,
+    head: Tensor,
+    job: Job,
+    weight: Tensor,
+    want_hidden: bool,
+    want_head: bool,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The losses [N], wide, and the gradients of their sum: to hidden [N, D] in its dtype, to head [V, D] in its own.
+
+    seed: of the columns that are drawn; None takes all of them.
+    """
+    # A large one of another dtype is cast a part at a time: whole, it would lie in memory twice.
+    cast = head.to(hidden.dtype) if head.numel() <= CAST else head
+    losses = hidden.new_zeros(len(hidden), dtype=wide(hidden.dtype))
+    blocks = cut(len(hidden), max(ROWS, ELEMENTS // len(head)))
+    d_hidden = torch.empty_like(hidden) if want_hidden else None
+    d_head = _HeadGradient(head, hidden.dtype, len(blocks)) if want_head else None
+    if blocks:
+        raw = hidden.new_empty(max(rows.stop - rows.start for rows in blocks), len(head))
+        spare = job.spare(raw)
+    for index, rows in enumerate(blocks):
+        x = hidden[rows]
+        g = product(x, cast, raw[: len(x)])
+        losses[rows] = job.consume(g, rows, weight[rows], want_hidden or want_head, spare)
+        if not (want_hidden or want_head):
+            continue
+        columns = None if seed is None else choose(g, seed + index)
+        if d_hidden is not None:
+            _from_columns(g, cast, columns, d_hidden[rows])
+        if d_head is not None:
+            d_head.add(g, x, columns)
+    return losses, d_hidden, d_head.finished() if d_head else None
+
+
+def _from_columns(g: Tensor, head: Tensor, columns: Columns | None, out: Tensor) -> None:
+    """out [n, D] = g·head, from all columns of g [n, V] or those that stand for them."""
+    count = len(head) if columns is None else len(columns.ids)
+    if columns is None and head.dtype == g.dtype and count <= COLUMNS:
+        torch.mm(g, head, out=out)
+        return
+    total = torch.zeros(out.shape, dtype=wide(g.dtype), device=g.device)
+    for part in cut(count, COLUMNS):
+        if columns is None:
+            total += g[:, part] @ head[part].to(g.dtype)
+        else:
+            ids, factor = columns.ids[part], columns.factor[part]
+            total += (g.index_select(1, ids) * factor).to(g.dtype) @ head.index_select(0, ids).to(g.dtype)
+    out.copy_(total)
+
+
+class _HeadGradient:
+    """[V, D], summed over blocks in float32; what is made at once goes into its place at once."""
+
+    def __init__(self, head: Tensor, products: torch.dtype, blocks: int) -> None:
+        self.dtype = head.dtype
+        # One block's product is the sum already.
+        sums = products if blocks == 1 and products == head.dtype else wide(products)
+        self.sum = torch.empty(head.shape, dtype=sums, device=head.device)
+        self.parts = cut(len(head), max(1, PART // max(1, head.shape[1])))
+        self.empty = True
+
+    def add(self, g: Tensor, x: Tensor, columns: Columns | None) -> None:
+        """Add gᵀ·x of a block: g [n, V], x [n, D]."""
+        if columns is not None:
+            self._add_columns(g, x, columns)
+            return
+        for part in self.parts:
+            to, columns_of_it = self.sum[part], g[:, part].T
+            if self.sum.dtype != g.dtype:
+                made = columns_of_it @ x
+                to.copy_(made) if self.empty else to.add_(made)
+            elif self.empty:
+                torch.mm(columns_of_it, x, out=to)
+            else:
+                to.addmm_(columns_of_it, x)
+        self.empty = False
+
+    def _add_columns(self, g: Tensor, x: Tensor, columns: Columns) -> None:
+        if self.empty:
+            self.sum.zero_()
+            self.empty = False
+        for part in cut(len(columns.ids), COLUMNS):
+            ids, factor = columns.ids[part], columns.factor[part]
+            made = g.index_select(1, ids).T @ x
+            self.sum.index_add_(0, ids, (made * factor[:, None]).to(self.sum.dtype))
+
+    def finished(self) -> Tensor:
+        """In the head's dtype; a narrower one is written into the front of the sum's own memory."""
+        if self.empty:
+            self.sum.zero_()
+        if self.sum.dtype == self.dtype:
+            return self.sum
+        if self.dtype.itemsize > self.sum.dtype.itemsize:
+            return self.sum.to(self.dtype)
+        narrow = self.sum.view(-1).view(self.dtype)[: self.sum.numel()].view(self.sum.shape)
+        for part in self.parts:
+            narrow[part] = self.sum[part].to(self.dtype)
+        return narrow
+
+
+class Loss(torch.autograd.Function):
+    """The sum of the losses of all rows, its gradients made with it; or each row's, which makes them anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, job: Job, weight: Tensor, reduce: bool, seed: int | None
+    ) -> Tensor:
+        """hidden [N, D], head [V, D], weight [N] -> a scalar, or [N]."""
+        want = ctx.needs_input_grad[:2] if reduce else (False, False)
+        losses, *gradients = walk(hidden, head, job, weight, want[0], want[1], seed)
+        ctx.gradients = gradients if reduce else None
+        ctx.job, ctx.weight, ctx.seed = job, weight, seed
+        ctx.save_for_backward(hidden, head)
+        return losses.sum() if reduce else losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """grad: as the result -> gradients to hidden and head, in their dtypes."""
+        if ctx.gradients is None:
+            # Each row's own gradient, or the second backward through one graph: the gradients are made anew.
+            hidden, head = ctx.saved_tensors
+            weight = ctx.weight.to(grad.dtype) * grad
+            want = ctx.needs_input_grad
+            gradients = walk(hidden, head, ctx.job, weight, want[0], want[1], ctx.seed)[1:]
+            return *gradients, None, None, None, None
+        # Let go of here, so that they become the leaves' own gradients without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        if grad.device.type != "cpu" or float(grad) != 1:
+            for part in gradients:
+                if part is not None:
+                    part.mul_(grad.to(part.dtype))
+        return *gradients, None, None, None, None
