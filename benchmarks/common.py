@@ -90,7 +90,8 @@ def compare(
 ) -> Row:
     """Judge the rounds of `ours` against those of `peer` (none: only the figures).
 
-    small: less is better (memory, seconds, tokens), and the bar is the largest ratio allowed.
+    small: less is better (memory, seconds, tokens), and the bar is the largest ratio allowed; of seconds with a
+    limit, ours <= max(r x peer, limit / 0.85) meets it.
     """
     mine = statistics.median(ours)
     theirs = statistics.median(peer) if peer else None
@@ -98,7 +99,7 @@ def compare(
     met: bool | None = None
     if bar is not None and theirs is not None:
         if small:
-            met = mine <= bar * theirs
+            met = mine <= max(bar * theirs, limit / NEAR_LIMIT if limit else 0.0)
         else:
             met = mine >= min(bar * theirs, NEAR_LIMIT * limit if limit else float("inf"))
     return Row(

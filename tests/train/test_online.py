@@ -21,6 +21,7 @@ from gemstill.data.loader import Batch, Loader
 from gemstill.distill.teachers import ModelTeacher
 from gemstill.model.adapter import Adapter
 from gemstill.model.transformer import Transformer
+from gemstill.ops import columns
 from gemstill.text.tokenizer import Tokenizer
 from gemstill.train.config import HardConfig, ModelChoice, OptimizerConfig, SourceConfig, TeacherChoice, TrainConfig
 from gemstill.train.loop import Loop
@@ -253,3 +254,22 @@ def test_a_teacher_that_gives_nan_stops_the_run_with_the_batch_named(
     with pytest.raises(Error, match=r"loss is nan .*step 1, windows that start at tokens"):
         train(config)
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_loss_by_drawn_columns_goes_on_where_it_was(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draws follow from seed, step and windows; they learn what all columns do."""
+    monkeypatch.setattr(columns, "NOISE", 0.1)  # or a vocabulary of 300 is done whole
+    monkeypatch.setattr(columns, "WORTH", 1.0)
+    run, again, exact = (
+        small(corpus, tmp_path / name, backward=how)
+        for name, how in (("run", "sampled"), ("again", "sampled"), ("exact", "exact"))
+    )
+    train(run)
+    begin(again, stop=6, monkeypatch=monkeypatch)
+    train(again)
+    train(exact)
+    assert figures(again, "loss") == figures(run, "loss")
+    assert figures(run, "loss") != figures(exact, "loss")
+    assert figures(run, "loss")[-1] == pytest.approx(figures(exact, "loss")[-1], rel=0.06)

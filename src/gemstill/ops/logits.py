@@ -96,6 +96,8 @@ class Sparse:
     cap: Cap
     compiled: bool
 
+    sides = 1  # of which raw logits are held
+
     def spare(self, raw: Tensor) -> Tensor | None:
         """Further memory that `consume` needs beside `raw` [n, V]: none."""
 
@@ -154,6 +156,8 @@ class Online:
     labels: Tensor | None
     fraction: float
     cap: Cap
+
+    sides = 2
 
     def spare(self, raw: Tensor) -> Tensor | None:
         """Room for the teacher's raw logits [n, V]."""

@@ -222,6 +222,9 @@ def _seed(backward: str, seed: int) -> int | None:
 
 
 def _reduced(hidden: Tensor, head: Tensor, job: Job, weight: Tensor, reduction: str, seed: int | None) -> Any:
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype == torch.float32:
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
     kernels(hidden)  # built here, where gradients are still on
     total = weight.sum()
     if reduction == "mean":
@@ -229,5 +232,6 @@ def _reduced(hidden: Tensor, head: Tensor, job: Job, weight: Tensor, reduction: 
     elif reduction not in ("sum", "none", "sum_and_weight"):
         what = f"reduction is '{reduction}'"
         raise Error(what, where="loss", fix="it is sum, mean, none or sum_and_weight")
-    loss: Tensor = Loss.apply(hidden, head, job, weight, reduction != "none", seed)  # type: ignore[no-untyped-call]
+    with torch.autocast(kind, enabled=False):
+        loss: Tensor = Loss.apply(hidden, head, job, weight, reduction != "none", seed)  # type: ignore[no-untyped-call]
     return (loss, total) if reduction == "sum_and_weight" else loss

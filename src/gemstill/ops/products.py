@@ -35,7 +35,7 @@ def walk(
     # A large one of another dtype is cast a part at a time: whole, it would lie in memory twice.
     cast = head.to(hidden.dtype) if head.numel() <= CAST else head
     losses = hidden.new_zeros(len(hidden), dtype=wide(hidden.dtype))
-    blocks = cut(len(hidden), max(ROWS, ELEMENTS // len(head)))
+    blocks = cut(len(hidden), _rows(hidden, head, job))
     d_hidden = torch.empty_like(hidden) if want_hidden else None
     d_head = _HeadGradient(head, hidden.dtype, len(blocks)) if want_head else None
     if blocks:
@@ -53,6 +53,15 @@ def walk(
         if d_head is not None:
             d_head.add(g, x, columns)
     return losses, d_hidden, d_head.finished() if d_head else None
+
+
+def _rows(hidden: Tensor, head: Tensor, job: Job) -> int:
+    """How many tokens' logits are held at once."""
+    rows = max(ROWS, ELEMENTS // len(head))
+    if head.dtype == hidden.dtype != wide(hidden.dtype) and len(hidden) * job.sides <= rows + head.shape[1]:
+        # One block needs no wide sum of a narrow gradient: that memory may as well hold logits.
+        return len(hidden)
+    return rows
 
 
 def _from_columns(g: Tensor, head: Tensor, columns: Columns | None, out: Tensor) -> None:

@@ -211,6 +211,7 @@ class TrainConfig(LoopConfig):
     model: ModelChoice = field(default_factory=ModelChoice)
     teacher: TeacherChoice = field(default_factory=TeacherChoice)
     hard: HardConfig = field(default_factory=HardConfig)  # the part of hard labels when distilling
+    backward: Literal["exact", "sampled"] = "exact"  # of the loss: all of the vocabulary, or drawn columns, unbiased
 
     def __post_init__(self) -> None:
         super().__post_init__()

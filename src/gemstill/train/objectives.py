@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from gemstill.core.errors import Error
 from gemstill.model.readout import Loss
+from gemstill.ops.loss import Backward
 from gemstill.ops.target import OnlineTarget, Target
 from gemstill.train.config import HardConfig
 
@@ -29,6 +32,20 @@ class _Stateless:
         """Nothing to take back."""
 
 
+@dataclass(frozen=True)
+class Fused:
+    """How the loss over the vocabulary is computed (gemstill.ops.loss). seed: of the run."""
+
+    compiled: bool = False
+    backward: Backward = "exact"
+    seed: int = 0
+
+    def draw(self, batch: Batch, step: int) -> int:
+        """The seed of what a micro-batch's loss draws: the same whenever the step is done."""
+        place = f"{self.seed} {step} {batch.source[0].item()} {batch.start[0].item()}"
+        return int.from_bytes(hashlib.sha256(place.encode()).digest()[:6]) if self.backward == "sampled" else 0
+
+
 class Prepared(NamedTuple):
     """A micro-batch with what to learn from it. tokens and documents: [B, T] int64; target: B·T rows."""
 
@@ -36,22 +53,22 @@ class Prepared(NamedTuple):
     documents: Tensor
     target: Target | OnlineTarget
     hard: tuple[Tensor, float] | None
+    seed: int  # of what the loss draws
 
 
 class NextToken(_Stateless):
-    """Plain language modelling: the target of a position is its next token.
-
-    compiled: fuse the loss's elementwise work by torch.compile.
-    """
+    """Plain language modelling: the target of a position is its next token."""
 
     temperature = 1.0  # of the student's logits
 
-    def __init__(self, *, compiled: bool = False) -> None:
-        self.compiled = compiled
+    def __init__(self, fused: Fused | None = None) -> None:
+        self.fused = fused or Fused()
 
     def prepare(self, batch: Batch, step: int) -> Prepared:
         """See Objective. batch: tokens, labels, weight, documents [B, T]."""
-        return Prepared(batch.tokens, batch.documents, Target.hard(batch.labels, batch.weight), None)
+        return Prepared(
+            batch.tokens, batch.documents, Target.hard(batch.labels, batch.weight), None, self.fused.draw(batch, step)
+        )
 
     def weight(self, prepared: Prepared) -> float:
         """The sum of the positions' weights, exact in float64."""
@@ -59,7 +76,10 @@ class NextToken(_Stateless):
 
     def loss(self, model: nn.Module, prepared: Prepared) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of cross-entropies, float32, nats."""
-        readout = Loss(prepared.target, prepared.hard, self.temperature, self.compiled)
+        how = self.fused
+        readout = Loss(
+            prepared.target, prepared.hard, self.temperature, how.backward, prepared.seed, compiled=how.compiled
+        )
         return model(prepared.tokens, documents=prepared.documents, readout=readout), {}
 
 
@@ -69,8 +89,8 @@ class FromStore(NextToken):
     stores: one for each source of the loader, in its order. steps: of the whole run, for the mixture's line.
     """
 
-    def __init__(self, stores: Sequence[Store], hard: HardConfig, steps: int, *, compiled: bool = False) -> None:
-        super().__init__(compiled=compiled)
+    def __init__(self, stores: Sequence[Store], hard: HardConfig, steps: int, fused: Fused | None = None) -> None:
+        super().__init__(fused)
         if not stores:
             raise Error("there is no store to distil from", where="objective")
         self.stores, self.hard, self.steps = list(stores), hard, steps
@@ -90,7 +110,8 @@ class FromStore(NextToken):
         weight = weight.to(device) * batch.weight.reshape(-1)
         fraction = self.hard.fraction(step, self.steps)
         hard = (batch.labels.reshape(-1), fraction) if fraction > 0 else None
-        return Prepared(batch.tokens, batch.documents, Target(ids.to(device), probs.to(device), weight), hard)
+        target = Target(ids.to(device), probs.to(device), weight)
+        return Prepared(batch.tokens, batch.documents, target, hard, self.fused.draw(batch, step))
 
     def _mixed(self, batch: Batch, length: int) -> Target:
         rows = zip(batch.source.tolist(), batch.start.tolist(), strict=True)
@@ -118,9 +139,9 @@ class FromTeacher(NextToken):
         vocab_size: int,
         rows: int,
         temperature: float = 1.0,
-        compiled: bool = False,
+        fused: Fused | None = None,
     ) -> None:
-        super().__init__(compiled=compiled)
+        super().__init__(fused)
         self.teacher, self.hard, self.steps = teacher, hard, steps
         self.vocab_size, self.rows, self.temperature = vocab_size, rows, temperature
 
@@ -138,4 +159,4 @@ class FromTeacher(NextToken):
             target = tempered(target, self.temperature)
         fraction = self.hard.fraction(step, self.steps)
         hard = (batch.labels.reshape(-1), fraction) if fraction > 0 else None
-        return Prepared(batch.tokens, batch.documents, target, hard)
+        return Prepared(batch.tokens, batch.documents, target, hard, self.fused.draw(batch, step))

@@ -25,7 +25,7 @@ from gemstill.train.config import TrainConfig, check_same, identity
 from gemstill.train.flops import forward_flops, train_flops
 from gemstill.train.heldout import Evaluation, evaluate
 from gemstill.train.loop import Loop
-from gemstill.train.objectives import FromStore, FromTeacher, NextToken
+from gemstill.train.objectives import FromStore, FromTeacher, Fused, NextToken
 from gemstill.train.optimizer import Optimizer
 from gemstill.train.parallel import Ranks, ranks, shard, whole
 from gemstill.train.student import Shape
@@ -243,14 +243,15 @@ def _loop(config: TrainConfig, recipe: dict[str, Any], shape: Shape, data: _Data
 
 
 def _objective(config: TrainConfig, shape: Shape, data: _Data, compiled: bool) -> NextToken:
+    fused = Fused(compiled, config.backward, config.seed)
     if data.teacher is not None:
         return FromTeacher(
             data.teacher, config.hard, config.steps, vocab_size=data.tokenizer.vocab_size, rows=shape.vocab_size,
-            temperature=config.teacher.temperature, compiled=compiled,
+            temperature=config.teacher.temperature, fused=fused,
         )  # fmt: skip
     if data.stores:
-        return FromStore(data.stores, config.hard, config.steps, compiled=compiled)
-    return NextToken(compiled=compiled)
+        return FromStore(data.stores, config.hard, config.steps, fused)
+    return NextToken(fused)
 
 
 def _finish(
