@@ -249,6 +249,24 @@ def test_command(model3: Path, books: Path, tmp_path: Path, capsys: pytest.Captu
         assert (tmp_path / "small" / name).read_bytes() == first
 
 
+def test_llama_cpp_runs_another_pattern_than_gemma_3_has(tmp_path: Path) -> None:
+    """Its own default is every sixth block; the file says otherwise."""
+    pytest.importorskip("llama_cpp")
+    from tests.checkpoint.test_gguf_llama import open_llama, scores
+
+    shape = replace(GEMMA3, num_layers=12, sliding_window=8)
+    model = reference.network(shape)
+    kept, width = [0, 2, 5, 6, 9, 11], 64
+    small = replace(shape, num_layers=6, layer_pattern=3, intermediate_size=width)
+    cut(Prunable(model), small, kept, [torch.arange(width)] * 6)
+    save(model, small_tokenizer(), tmp_path / "small.gguf", dtype="f32")
+    row = reference.text(small, batch=1, time=60)[0].tolist()
+    theirs = scores(open_llama(tmp_path / "small.gguf", logits_all=True), row).double().log_softmax(-1)
+    with torch.no_grad():
+        ours = model(torch.tensor([row]))[0].double().log_softmax(-1)
+    assert float((ours.exp() * (ours - theirs)).sum(-1).mean()) < 1e-5
+
+
 def test_text_by_default_is_pythons_own(model3: Path, tmp_path: Path) -> None:
     prune.run(PruneConfig(str(model3), tmp_path / "small", intermediate_size=32, tokens=128, window=64))
     assert "Python's language reference" in (tmp_path / "small" / "README.md").read_text()
