@@ -57,7 +57,7 @@ class HealConfig:
         default_factory=lambda: OptimizerConfig("adamw", 3e-4, 1e-4, [0.9, 0.95], weight_decay=0.0)
     )
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=0.05, final=0.1))
-    rates: list[float] = field(default_factory=lambda: [0.3, 1.0, 3.0])  # factors of both rates, tried on each student
+    rates: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0])  # factors of both rates, tried on each student
     trial_tokens: int = 50_000  # of one trial; 0 takes the first factor untried
     heldout_fraction: float = 0.05  # part of the documents kept for measuring, chosen by hash of their content
     heldout_tokens: int = 50_000  # of them, that models are compared on
