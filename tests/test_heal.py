@@ -211,3 +211,23 @@ def test_answers_leave_out_beginnings_and_ends(made: Path) -> None:
     assert sums.sum() == pytest.approx(found.nll.sum())
     assert counts.sum() == len(nll)
     assert found.agreement(found) == 1
+
+
+def test_a_llama_is_healed_too(books: Path, tmp_path: Path) -> None:
+    import transformers
+
+    from gemstill.checkpoint.foreign import open_any, save_foreign
+    from gemstill.model.adapter import Adapter
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 8,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    model = Adapter(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval())
+    save_foreign(model, dict(model.named_parameters()), small_tokenizer(), tmp_path / "llama", card="# A Llama\n")
+    config = recipe(tmp_path / "llama", books, tmp_path / "run", tokens=512, trial_tokens=0)
+    assert heal.plan(config)["layers"] == "2 of 3"
+    heal.run(config)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["distilled"]["tokens_seen"] == 512
+    assert summary["distilled"]["gguf_bytes"] is None
+    assert open_any(tmp_path / "run" / "distilled" / "model")[0].config.num_layers == 2

@@ -112,7 +112,7 @@ def run(config: HealConfig) -> dict[str, Any]:
 
 def plan(config: HealConfig) -> dict[str, Any]:
     """What `run(config)` would take, before anything runs."""
-    from gemstill.checkpoint.source import shape_of
+    from gemstill.checkpoint.foreign import shape_of
     from gemstill.core.machine import fast_dtype, probe
     from gemstill.distill import prune
     from gemstill.train.flops import forward_flops, train_flops
@@ -120,7 +120,6 @@ def plan(config: HealConfig) -> dict[str, Any]:
     pruned = prune.plan(pruning(config))
     whole = shape_of(config.teacher)
     small = prune.shape_after(whole, pruning(config))
-    assert small is not None
     training = 2 * train_flops(small, config.window)  # two students
     comparing = forward_flops(whole, config.window) + 3 * forward_flops(small, config.window)
     flops = {
@@ -132,7 +131,7 @@ def plan(config: HealConfig) -> dict[str, Any]:
     }
     total = sum(flops.values())
     shown = ("layers", "channels", "parameters", "parameters_without_embedding", "part_without_embedding")
-    return {key: pruned[key] for key in shown} | {
+    return {key: pruned[key] for key in shown if key in pruned} | {
         "tokens_of_a_student": config.tokens,
         **{f"flops of {name}": value for name, value in flops.items()},
         "flops": total,
@@ -239,7 +238,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
 
 def _trial(config: HealConfig, name: str, factor: float) -> dict[str, Any]:
     """A short training with one pair of rates, by its held-out loss; nothing else of it stays."""
-    from gemstill.checkpoint.source import load
+    from gemstill.checkpoint.foreign import open_any
     from gemstill.data.dataset import TokenDataset
     from gemstill.train.answers import answers
 
@@ -248,7 +247,7 @@ def _trial(config: HealConfig, name: str, factor: float) -> dict[str, Any]:
     summary = _train(replace(recipe, run=str(folder), tokens=config.trial_tokens))
     heldout = TokenDataset.open(Path(config.run) / "heldout" / "train")
     windows = max(1, config.heldout_tokens // config.window // 4)
-    found = answers(load(folder / "model")[0], heldout, config.window, windows=windows, batch=ANSWERED)
+    found = answers(open_any(folder / "model")[0], heldout, config.window, windows=windows, batch=ANSWERED)
     shutil.rmtree(folder)
     return {"heldout_nll": float(found.nll.mean()), "seconds": summary["seconds"], "flops": summary["flops"]}
 
@@ -267,7 +266,7 @@ def _place(config: HealConfig, name: str) -> str:
 
 def _compare(config: HealConfig) -> dict[str, Any]:
     """Every model on the same held-out text."""
-    from gemstill.checkpoint.source import load
+    from gemstill.checkpoint.foreign import open_any
     from gemstill.data.dataset import TokenDataset
     from gemstill.train.answers import Answers, answers
 
@@ -275,7 +274,7 @@ def _compare(config: HealConfig) -> dict[str, Any]:
     windows = max(1, config.heldout_tokens // config.window)
     found: dict[str, Answers] = {}
     for name in ROWS:
-        model = load(_place(config, name))[0]
+        model = open_any(_place(config, name))[0]
         found[name] = answers(model, heldout, config.window, windows=windows, batch=ANSWERED)
     out: dict[str, Any] = {}
     for name, each in found.items():
@@ -291,9 +290,15 @@ def _compare(config: HealConfig) -> dict[str, Any]:
 
 
 def _export(config: HealConfig) -> dict[str, Any]:
-    """All models as GGUF files, their bytes, and what llama.cpp makes of the healed one where it is installed."""
+    """All models as GGUF files, their bytes, and what llama.cpp makes of the healed one where it is installed.
+
+    Networks of other architectures stay folders: llama.cpp's own converter takes them.
+    """
+    from gemstill.checkpoint.foreign import is_foreign, place_of
     from gemstill.checkpoint.source import load, save
 
+    if is_foreign(place_of(config.teacher)):
+        return {"dtype": "", "bytes": dict.fromkeys(ROWS), "llama_cpp": None}
     out: dict[str, Any] = {"dtype": config.dtype, "bytes": {}}
     for name in ROWS:
         model, tokenizer = load(_place(config, name))

@@ -351,8 +351,9 @@ def test_a_llama_on_disk(books: Path, tmp_path: Path) -> None:
     save_foreign(adapter, dict(adapter.named_parameters()), small_tokenizer(), tmp_path / "llama", card="# A Llama\n")
     options: dict[str, Any] = {"text": str(books), "tokens": 300, "window": 32}
     config = PruneConfig(str(tmp_path / "llama"), tmp_path / "small", layers=2, intermediate_size=32, **options)
-    assert prune.plan(config)["layers"] == "2 of 4"
-    figures = prune.run(config)
+    planned, figures = prune.plan(config), prune.run(config)
+    for name in ("layers", "channels", "parameters", "parameters_without_embedding"):
+        assert planned[name] == figures[name]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert isinstance(theirs, LlamaForCausalLM)
     assert theirs.config.num_hidden_layers == len(theirs.model.layers) == 2

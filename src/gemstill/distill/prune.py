@@ -15,7 +15,7 @@ from gemstill.core import machine
 from gemstill.core.errors import Error
 from gemstill.data.calibration import OWN, Calibration, calibration
 from gemstill.distill.importance import SCORED, Depth, channel_importance, choose_blocks, fits, largest, loss_of
-from gemstill.distill.layouts import Prunable, cut
+from gemstill.distill.layouts import MATRICES, Prunable, cut
 from gemstill.model.adapter import Adapter, ForeignConfig
 from gemstill.model.config import ModelConfig
 
@@ -76,7 +76,8 @@ def run(config: PruneConfig) -> dict[str, Any]:
     width = config.intermediate_size or whole.intermediate_size
     importance = channel_importance(net, text, depth.kept)
     channels = [largest(each, width) for each in importance]
-    cut(net, shape_after(whole, config), depth.kept, channels)
+    shape = shape_after(whole, config)
+    cut(net, shape if isinstance(shape, ModelConfig) else None, depth.kept, channels)
     loss = loss_of(net, text, seed=config.seed)
     figures = _figures(whole, model.config)
     card = _card(config, figures, text, depth, importance, channels, loss, sidecars.licence(place))
@@ -104,8 +105,7 @@ def plan(config: PruneConfig) -> dict[str, Any]:
     body = 2 * whole.body_parameters / whole.num_layers * config.tokens
     head = 2 * whole.vocab_size * whole.hidden_size * min(SCORED, config.tokens)
     flops = body * blocks + head * (sum(passes) + len(passes) + 2)
-    shape = shape_after(whole, config)
-    return (_figures(whole, shape) if shape else {"layers": f"{len(wanted)} of {whole.num_layers}"}) | {
+    return _figures(whole, shape_after(whole, config)) | {
         "calibration_text": config.text or OWN,
         "calibration_tokens": config.tokens,
         "flops_at_most": flops,
@@ -139,16 +139,20 @@ def kinds_of(whole: ModelConfig | ForeignConfig, config: PruneConfig) -> tuple[l
     return there, kept
 
 
-def shape_after(whole: ModelConfig | ForeignConfig, config: PruneConfig) -> ModelConfig | None:
-    """What is left of a network of ours."""
-    if isinstance(whole, ForeignConfig):
-        return None
+def shape_after(whole: ModelConfig | ForeignConfig, config: PruneConfig) -> ModelConfig | ForeignConfig:
+    """What is left of a network."""
+    layers = config.layers or whole.num_layers
+    width = config.intermediate_size or whole.intermediate_size
+    if isinstance(whole, ModelConfig):
+        pattern = config.layer_pattern or whole.layer_pattern
+        return replace(whole, num_layers=layers, intermediate_size=width, layer_pattern=pattern)
+    norm = whole.hidden_size  # the last one, which is no block's
+    block = (whole.body_parameters - norm) // whole.num_layers
+    body = norm + layers * (block - len(MATRICES) * whole.hidden_size * (whole.intermediate_size - width))
     return replace(
-        whole,
-        num_layers=config.layers or whole.num_layers,
-        intermediate_size=config.intermediate_size or whole.intermediate_size,
-        layer_pattern=config.layer_pattern or whole.layer_pattern,
-    )
+        whole, num_layers=layers, intermediate_size=width, body_parameters=body,
+        local_layers=whole.local_layers[:layers],
+    )  # fmt: skip
 
 
 def _figures(whole: ModelConfig | ForeignConfig, shape: ModelConfig | ForeignConfig) -> dict[str, Any]:

@@ -59,10 +59,11 @@ def show(summary: dict[str, Any]) -> None:
     for name, title in NAMES.items():
         row = summary[name]
         healed = "" if name in ("teacher", "pruned") else f"{row['healed']:.0%}"
+        size = f"{row['gguf_bytes'] / 2**20:.0f} MiB" if row["gguf_bytes"] else ""
         time = duration(row["seconds"]) if "seconds" in row else ""
         print(
             f"{title:22}  {row['heldout_nll']:13.3f}  {row['perplexity']:10.2f}  {row['agreement']:6.1%}  "
-            f"{healed:>6}  {row['gguf_bytes'] / 2**20:4.0f} MiB  {time:>7}"
+            f"{healed:>6}  {size:>8}  {time:>7}"
         )
     low, high = summary["ratio_low"], summary["ratio_high"]
     print(
