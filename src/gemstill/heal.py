@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gemstill.core import files
 from gemstill.core.config import as_dict
@@ -59,6 +59,7 @@ class HealConfig:
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=0.05, final=0.1))
     rates: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0])  # factors of both rates, tried on each student
     trial_tokens: int = 50_000  # of one trial; 0 takes the first factor untried
+    backward: Literal["exact", "sampled"] = "exact"  # of both students' loss: sampled is faster with a large vocabulary
     heldout_fraction: float = 0.05  # part of the documents kept for measuring, chosen by hash of their content
     heldout_tokens: int = 50_000  # of them, that models are compared on
     seed: int = 0  # of the order of windows, the store's draws and the calibration text
@@ -225,6 +226,7 @@ def student(config: HealConfig, name: str, factor: float) -> TrainConfig:
             rates, learning_rate=factor * rates.learning_rate, embedding_rate=factor * rates.embedding_rate
         ),
         schedule=config.schedule,
+        backward=config.backward,
     )
 
 
