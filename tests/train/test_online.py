@@ -23,7 +23,15 @@ from gemstill.model.adapter import Adapter
 from gemstill.model.transformer import Transformer
 from gemstill.ops import columns
 from gemstill.text.tokenizer import Tokenizer
-from gemstill.train.config import HardConfig, ModelChoice, OptimizerConfig, SourceConfig, TeacherChoice, TrainConfig
+from gemstill.train.config import (
+    HardConfig,
+    ModelChoice,
+    OptimizerConfig,
+    SourceConfig,
+    TeacherChoice,
+    TrainConfig,
+    identity,
+)
 from gemstill.train.loop import Loop
 from gemstill.train.objectives import FromTeacher
 from gemstill.train.run import plan, train
@@ -155,8 +163,10 @@ def test_a_foreign_student_is_trained_and_written_whole(
     """From its own weights, then the written one, by transformers itself, is what the held-out figures are of."""
     choice = ModelChoice(start=str(places[kind]))
     config = small(corpus, tmp_path / "run", model=choice, teacher=TeacherChoice(str(places["gemma"])), steps=20)
-    assert plan(config)["parameters"] > 0
+    figures_before = plan(config)
+    assert figures_before["parameters"] > 0
     summary = train(config)
+    assert figures_before["teacher_flops"] == pytest.approx(summary["teacher_flops"])
     losses = figures(config, "loss")
     assert losses[-1] < 0.9 * losses[0]
     folder = tmp_path / "run" / "model"
@@ -218,6 +228,14 @@ def test_muon_moves_the_blocks_matrices_alone(corpus: Path, places: dict[str, Pa
     moved = {name for name in before if float((before[name] - after[name]).abs().max()) > 1e-3}
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= moved
     assert not any(name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) for name in moved)
+
+
+def test_a_recipe_without_a_teacher_is_what_it_was(recipe: TrainConfig) -> None:
+    """Runs that were begun before there were teachers go on."""
+    assert not [key for key in identity(recipe) if key.startswith(("teacher.", "model.like"))]
+    with_one = dataclasses.replace(recipe, teacher=TeacherChoice("somewhere"))
+    assert {key for key in identity(with_one) if key.startswith("teacher.")} >= {"teacher.temperature"}
+    assert "teacher.source" not in identity(with_one)
 
 
 def test_what_does_not_fit_is_refused(corpus: Path, places: dict[str, Path], tmp_path: Path) -> None:

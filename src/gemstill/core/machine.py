@@ -91,6 +91,15 @@ def probe(*, fresh: bool = False) -> Machine:
     return machine
 
 
+def own_device() -> torch.device:
+    """Where this process computes: the CUDA device of its number among those of its machine, else the CPU."""
+    import torch
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
+    there = torch.cuda.is_available() and torch.cuda.device_count() > local
+    return torch.device("cuda", local) if there else torch.device("cpu")
+
+
 def fast_dtype(device: str = "cpu") -> torch.dtype:
     """The dtype that computes fastest on `device`, or what the environment variable GEMSTILL_PRECISION says.
 

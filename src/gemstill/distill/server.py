@@ -75,7 +75,7 @@ class ServerTeacher:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise Error("is no address of a server", where=place, fix="write http://host:8000/v1#model")
         teacher = ServerTeacher(url, wanted, entries)
-        answer = teacher._patiently("GET", "/models", None)
+        answer = teacher._patiently("GET", "/models", None, tries=2)  # a wrong address is told at once
         models = [str(item.get("id")) for item in answer.get("data", []) if isinstance(item, dict)]
         if not wanted and len(models) == 1:
             teacher = ServerTeacher(url, models[0], entries)
@@ -191,17 +191,17 @@ class ServerTeacher:
                 what = "has another tokenizer: it makes other ids of a sentence than the data's"
             raise Error(what, where=self.url, fix="make the data set with the teacher's tokenizer")
 
-    def _patiently(self, method: str, path: str, body: Any, read: Any = None) -> Any:
+    def _patiently(self, method: str, path: str, body: Any, read: Any = None, tries: int = 0) -> Any:
         """An answer, as `read` reads it, tried again while what fails may pass."""
-        pause = PAUSE
-        for attempt in range(1, TRIES + 1):
+        pause, tries = PAUSE, tries or TRIES
+        for attempt in range(1, tries + 1):
             try:
                 answer = self._once(method, self.url + path, body)
                 return answer if read is None else read(answer)
             except _PassingError as error:
-                if attempt == TRIES:
+                if attempt == tries:
                     fix = "look at the server; the same command goes on after the last whole block"
-                    raise Error(f"{error}, {TRIES} times in a row", where=self.url, fix=fix) from error
+                    raise Error(f"{error}, {tries} times in a row", where=self.url, fix=fix) from error
                 # Not all at the same moment again.
                 if self._over.wait(min(LONGEST, max(error.after, pause * random.uniform(0.5, 1.0)))):
                     raise Error(str(error), where=self.url) from error  # another request has given up

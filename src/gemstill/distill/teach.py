@@ -116,8 +116,9 @@ def _open(config: TeachConfig) -> tuple[Teacher, TokenDataset, StoreInfo]:
         tokenizer, entries = _tokenizer(config, dataset), int(config.estimator.parameter)
     dtype = None if config.precision == "fast" else getattr(torch, config.precision)
     teacher = open_teacher(
-        config.teacher, dataset.tokenizer_fingerprint, dtype=dtype, tokenizer=tokenizer, entries=entries
-    )
+        config.teacher, dataset.tokenizer_fingerprint, dtype=dtype, device=machine.own_device(), tokenizer=tokenizer,
+        entries=entries,
+    )  # fmt: skip
     info = describe(
         teacher, dataset, estimator=config.estimator, window=config.window, block_tokens=config.block_tokens,
         batch=config.batch, temperature=config.temperature, seed=config.seed, licence=config.licence,

@@ -250,8 +250,11 @@ def identity(config: LoopConfig, **more: Any) -> dict[str, Any]:
     walk("", {key: value for key, value in (as_dict(config) | more).items() if key not in _FREE})
     # Data and teachers are known by their fingerprints, not by where they lie.
     places = (".folder", ".store", ".tokenizer")
-    flat.pop("teacher.source", None)
-    return {key: value for key, value in flat.items() if not (key.startswith("data.") and key.endswith(places))}
+    unused = () if flat.get("teacher.source") else ("teacher.",)
+    unused += () if flat.get("model.like") else ("model.like",)
+    unused += ("teacher.source",)
+    kept = {key: value for key, value in flat.items() if not key.startswith(unused)}
+    return {key: value for key, value in kept.items() if not (key.startswith("data.") and key.endswith(places))}
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], where: object) -> None:

@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from gemstill.core.machine import own_device
+
 CPU = torch.device("cpu")
 LETTING_GO = 0.5  # seconds
 
@@ -53,9 +55,8 @@ class Ranks:
 def ranks() -> Iterator[Ranks]:
     """Join the ranks that torchrun started, on CUDA where there is one for each; a single process otherwise."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() > local
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = own_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if world == 1:

@@ -109,6 +109,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     kept = shape.num_layers * (shape.hidden_size if config.activation_checkpointing else layer)
     available = sum(dataset.num_tokens for dataset in data.train)
     tokens = settled.steps * config.tokens_per_step
+    taught = _planned_teacher(config) * tokens
     return {
         "parameters": parameters,
         "parameters_without_embedding": shape.body_parameters,
@@ -116,11 +117,12 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "tokens": tokens,
         "epochs": tokens / max(1, available),
         "flops": flops,
+        **({"teacher_flops": taught} if taught else {}),
         "precision": settled.precision,
         "compile": settled.compile,
         "memory_bytes": int(4 * parameters * (2 + states) + micro * kept * width),
         "disk_bytes": int(4 * parameters * ((1 + states) * (config.keep_last + 2) + 1)),
-        "seconds": flops / _rate(settled.precision) / 0.5,  # half of the products' rate is usual
+        "seconds": (flops + taught) / _rate(settled.precision) / 0.5,  # half of the products' rate is usual
     }
 
 
@@ -166,6 +168,15 @@ def _teacher(config: TrainConfig, data: _Data, here: Ranks) -> Teacher | None:
         config.teacher.source, data.tokenizer.fingerprint, dtype=getattr(torch, _precision(config, here)),
         device=here.device, tokenizer=data.tokenizer, entries=config.teacher.entries,
     )  # fmt: skip
+
+
+def _planned_teacher(config: TrainConfig) -> float:
+    """Operations of a teacher at hand on one token."""
+    from gemstill.checkpoint.foreign import shape_of
+    from gemstill.distill.teachers import SERVERS
+
+    place = config.teacher.source
+    return forward_flops(shape_of(place), config.data.window) if place and not place.startswith(SERVERS) else 0.0
 
 
 def _precision(config: TrainConfig, here: Ranks) -> str:
