@@ -79,14 +79,27 @@ def batch(corpus: Path) -> Batch:
     return Loader([(dataset, 1.0)], 32, 4, 0).batch(0)
 
 
-def plain_loss(student: Any, teacher: Any, batch: Batch, t: float, fraction: float) -> float:
+def plain_loss(
+    student: Any, teacher: Any, batch: Batch, t: float, fraction: float, divergence: str = "forward", beta: float = 0.5
+) -> float:
     """The same by dense logits and autograd's own operations, in float64."""
     with torch.no_grad():
         q, p = (
             model(batch.tokens, documents=batch.documents)[..., :VOCAB].flatten(0, 1).double()
             for model in (teacher, student)
         )
-    soft = -((q / t).softmax(-1) * (p / t).log_softmax(-1)).sum(-1) * t**2
+    q, student_p = (q / t).softmax(-1), (p / t).softmax(-1)
+    middle = beta * q + (1 - beta) * student_p
+    soft = (
+        t**2
+        * {
+            "forward": lambda: -(q * student_p.log()).sum(-1),
+            "reverse": lambda: (student_p * (student_p.log() - q.log())).sum(-1),
+            "jensen-shannon": lambda: (
+                beta * q * (q.log() - middle.log()) + (1 - beta) * student_p * (student_p.log() - middle.log())
+            ).sum(-1),
+        }[divergence]()
+    )
     hard = torch.nn.functional.cross_entropy(p, batch.labels.flatten(), reduction="none")
     return float((((1 - fraction) * soft + fraction * hard) * batch.weight.flatten()).sum())
 
@@ -105,6 +118,18 @@ def test_the_loss_is_that_of_both_sides_dense_logits(batch: Batch, kind: str, t:
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert float(student.embed_tokens.weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(("t", "fraction"), [(1.0, 0.0), (1.0, 0.3), (2.0, 0.3)])
+@pytest.mark.parametrize(("divergence", "beta"), [("reverse", 0.5), ("jensen-shannon", 0.5), ("jensen-shannon", 0.1)])
+def test_other_divergences(batch: Batch, divergence: Any, beta: float, t: float, fraction: float) -> None:
+    teacher, student, hard = gemma(), gemma(seed=1), HardConfig(fraction, fraction)
+    objective = FromTeacher(
+        ModelTeacher(teacher), hard, 10, vocab_size=VOCAB, rows=VOCAB, temperature=t, divergence=divergence, beta=beta
+    )
+    loss, _ = objective.loss(student, objective.prepare(batch, 0))
+    known = plain_loss(student, teacher, batch, t, fraction, divergence, beta)
+    assert float(loss.detach()) == pytest.approx(known, rel=1e-4)
 
 
 def test_a_student_with_padding_rows_learns_from_a_teacher_without(batch: Batch) -> None:
@@ -247,6 +272,10 @@ def test_what_does_not_fit_is_refused(corpus: Path, places: dict[str, Path], tmp
         ModelChoice(start="a", like="b")
     with pytest.raises(Error, match="comes from 'like'"):
         ModelChoice(like="b", overrides={"num_layers": 3})
+    with pytest.raises(Error, match="beta is 1"):
+        TeacherChoice("a", divergence="jensen-shannon", beta=1.0)
+    with pytest.raises(Error, match="likeliest entries alone, which bias the reverse"):
+        TeacherChoice("http://localhost:1/v1", divergence="reverse")
     with pytest.raises(Error, match="temperature is 0"):
         TeacherChoice("a", temperature=0)
 

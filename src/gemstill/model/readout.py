@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemstill.ops.loss import Backward, linear_cross_entropy, log_probs
+from gemstill.ops.loss import (
+    Backward,
+    linear_cross_entropy,
+    linear_jensen_shannon,
+    linear_reverse_kl,
+    log_probs,
+)
 from gemstill.ops.target import OnlineTarget, Target
 
 Readout = Callable[[Tensor, Tensor, float | None], Any]
+Divergence = Literal["forward", "reverse", "jensen-shannon"]
 ROWS = 1 << 13  # of a head that is cast, at once
 
 
@@ -42,11 +49,14 @@ def last_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """The weighted sum of cross-entropies to a target of B·T rows: a float32 scalar (see linear_cross_entropy).
+    """The weighted sum of what B·T rows lack of their targets: a float32 scalar (see gemstill.ops.loss).
+
+    divergence: the cross-entropy to the target (forward KL), or, to an online one alone, the reverse KL or the
+    generalised Jensen-Shannon divergence with its beta.
 
     hard: labels and their fraction f. temperature t: of the student's logits. Above or below 1 the target's part is
     multiplied by t², so that its gradient keeps its size, and the labels' part stays at 1 (arXiv 1503.02531,
-    section 2): t²·(1 − f)·CE_t(target) + f·CE_1(labels).
+    section 2): t²·(1 − f)·D_t(target) + f·CE_1(labels).
     """
 
     target: Target | OnlineTarget
@@ -54,23 +64,35 @@ class Loss:
     temperature: float = 1.0
     backward: Backward = "exact"
     seed: int = 0
+    divergence: Divergence = "forward"
+    beta: float = 0.5
     compiled: bool = False
 
     def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
         flat, t = hidden.flatten(0, 1), self.temperature
         if isinstance(self.target, OnlineTarget) and len(self.target.head) < len(head):
             head = head[: len(self.target.head)]  # the rest is padding
-        how: dict[str, Any] = {
-            "softcap": softcap, "backward": self.backward, "seed": self.seed, "compiled": self.compiled
-        }  # fmt: skip
-        loss: Tensor
+        how: dict[str, Any] = {"softcap": softcap, "backward": self.backward, "seed": self.seed}
         if t == 1 or self.hard is None:
-            loss = linear_cross_entropy(flat, head, self.target, temperature=t, hard=self.hard, **how)
+            loss = self._to_target(flat, head, how | {"hard": self.hard})
             return loss * t**2 if t != 1 else loss
         labels, fraction = self.hard
-        loss = linear_cross_entropy(flat, head, self.target, temperature=t, **how) * (t**2 * (1 - fraction))
-        known: Tensor = linear_cross_entropy(flat, head, Target.hard(labels, self.target.weight), **how)
+        loss = self._to_target(flat, head, how) * (t**2 * (1 - fraction))
+        hard = Target.hard(labels, self.target.weight)
+        known: Tensor = linear_cross_entropy(flat, head, hard, compiled=self.compiled, **how)
         return loss + fraction * known
+
+    def _to_target(self, hidden: Tensor, head: Tensor, how: dict[str, Any]) -> Tensor:
+        target: Any = self.target
+        how = how | {"temperature": self.temperature}
+        loss: Tensor
+        if self.divergence == "forward":
+            loss = linear_cross_entropy(hidden, head, target, compiled=self.compiled, **how)
+        elif self.divergence == "reverse":
+            loss = linear_reverse_kl(hidden, head, target, **how)
+        else:
+            loss = linear_jensen_shannon(hidden, head, target, beta=self.beta, **how)
+        return loss
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,18 @@ class TeacherChoice:
 
     source: str = ""  # a model (folder, .gguf file, hub name) of any architecture, or a server; empty: none
     temperature: float = 1.0  # both sides' logits are divided by it, and the loss multiplied by its square
+    divergence: Literal["forward", "reverse", "jensen-shannon"] = "forward"  # from teacher to student, or between them
+    beta: float = 0.5  # of the Jensen-Shannon divergence: near 0 like forward, near 1 like reverse
     entries: int = 20  # of a server's answer, which holds the likeliest entries alone
 
     def __post_init__(self) -> None:
         _above("teacher", self, "temperature", "entries")
+        if self.divergence == "jensen-shannon" and not 0 < self.beta < 1:
+            what = f"beta is {self.beta}"
+            raise Error(what, where="teacher", fix="it lies between 0 and 1; at its ends are forward and reverse")
+        if self.divergence != "forward" and self.source.startswith(("http://", "https://")):
+            what = f"a server tells its likeliest entries alone, which bias the {self.divergence} divergence"
+            raise Error(what, where="teacher", fix="take forward, or a teacher at hand")
 
 
 @dataclass(frozen=True)
@@ -250,10 +258,9 @@ def identity(config: LoopConfig, **more: Any) -> dict[str, Any]:
     walk("", {key: value for key, value in (as_dict(config) | more).items() if key not in _FREE})
     # Data and teachers are known by their fingerprints, not by where they lie.
     places = (".folder", ".store", ".tokenizer")
-    unused = () if flat.get("teacher.source") else ("teacher.",)
-    unused += () if flat.get("model.like") else ("model.like",)
-    unused += ("teacher.source",)
-    kept = {key: value for key, value in flat.items() if not key.startswith(unused)}
+    unused = {"teacher.source": "teacher.source"}
+    unused |= {name: name.partition("source")[0] for name in ("teacher.source", "model.like") if not flat.get(name)}
+    kept = {key: value for key, value in flat.items() if not key.startswith(tuple(unused.values()))}
     return {key: value for key, value in kept.items() if not (key.startswith("data.") and key.endswith(places))}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemstill.core.errors import Error
-from gemstill.model.readout import Loss
+from gemstill.model.readout import Divergence, Loss
 from gemstill.ops.loss import Backward
 from gemstill.ops.target import OnlineTarget, Target
 from gemstill.train.config import HardConfig
@@ -60,6 +60,8 @@ class NextToken(_Stateless):
     """Plain language modelling: the target of a position is its next token."""
 
     temperature = 1.0  # of the student's logits
+    divergence: Divergence = "forward"
+    beta = 0.5  # of the Jensen-Shannon divergence
 
     def __init__(self, fused: Fused | None = None) -> None:
         self.fused = fused or Fused()
@@ -75,11 +77,12 @@ class NextToken(_Stateless):
         return float(prepared.target.weight.double().sum())
 
     def loss(self, model: nn.Module, prepared: Prepared) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of cross-entropies, float32, nats."""
+        """The weighted sum of the losses, float32, nats."""
         how = self.fused
         readout = Loss(
-            prepared.target, prepared.hard, self.temperature, how.backward, prepared.seed, compiled=how.compiled
-        )
+            prepared.target, prepared.hard, self.temperature, how.backward, prepared.seed, self.divergence, self.beta,
+            how.compiled,
+        )  # fmt: skip
         return model(prepared.tokens, documents=prepared.documents, readout=readout), {}
 
 
@@ -127,7 +130,7 @@ class FromTeacher(NextToken):
 
     The teacher reads the same windows, told apart by the same documents, without gradients; neither side's logits
     are kept. vocab_size: entries of the tokenizer. rows: of the student's head. temperature: of both sides' logits.
-    steps: of the whole run, for the mixture's line.
+    divergence, beta: what is made small (gemstill.model.readout.Loss). steps: of the whole run, for the mixture's line.
     """
 
     def __init__(
@@ -139,11 +142,14 @@ class FromTeacher(NextToken):
         vocab_size: int,
         rows: int,
         temperature: float = 1.0,
+        divergence: Divergence = "forward",
+        beta: float = 0.5,
         fused: Fused | None = None,
     ) -> None:
         super().__init__(fused)
         self.teacher, self.hard, self.steps = teacher, hard, steps
         self.vocab_size, self.rows, self.temperature = vocab_size, rows, temperature
+        self.divergence, self.beta = divergence, beta
 
     def prepare(self, batch: Batch, step: int) -> Prepared:
         """See Objective. Runs the teacher over the batch's windows."""

@@ -258,7 +258,8 @@ def _objective(config: TrainConfig, shape: Shape, data: _Data, compiled: bool) -
     if data.teacher is not None:
         return FromTeacher(
             data.teacher, config.hard, config.steps, vocab_size=data.tokenizer.vocab_size, rows=shape.vocab_size,
-            temperature=config.teacher.temperature, fused=fused,
+            temperature=config.teacher.temperature, divergence=config.teacher.divergence, beta=config.teacher.beta,
+            fused=fused,
         )  # fmt: skip
     if data.stores:
         return FromStore(data.stores, config.hard, config.steps, fused)
