@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from gemstill.text.tokenizer import LITTLE, Tokenizer
 from gemstill.text.vocabulary import Vocabulary
 
@@ -16,15 +18,32 @@ def every_way(tokenizer: Tokenizer, folder: Path) -> dict[str, Tokenizer]:
     cut = Tokenizer.open(tokenizer.source)
     cut.encode("a " * LITTLE)  # much text at once: from now on it is cut into words
     assert cut._cut is not None
+    library = Tokenizer.open(folder / "tokenizer.model")
+    assert library._fast is not None  # from here on it encodes with that
+    library._table = None  # and decodes
     fields = [piece.encode() for piece in vocabulary.for_gguf()]
     ids = (vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id, vocabulary.pad_id)
     return {
         "tokenizer.json": tokenizer,
         "cut into words": cut,
+        "kept on disk": kept(tokenizer.source, folder / "cache"),
         "tokenizer.model": Tokenizer.open(folder / "tokenizer.model"),
+        "by the library": library,
         "GGUF": Tokenizer.from_vocabulary(Vocabulary(fields, vocabulary.scores, vocabulary.types, *ids)),
         "made tokenizer.json": Tokenizer.open(folder / "made.json"),
     }
+
+
+def kept(source: Path, cache: Path) -> Tokenizer:
+    """A tokenizer.json opened as a large one is, for the second time: what it says is found in `cache`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setattr("gemstill.text.tokenizer.LARGE_FILE", 0)
+        Tokenizer.open(source)
+        patch.setattr("gemstill.text.tokenizer.plain_state", None)  # is not asked again
+        opened = Tokenizer.open(source)
+    assert opened._table is not None
+    return opened
 
 
 def ids_of(ways: dict[str, Tokenizer], text: str) -> list[int]:

@@ -111,6 +111,24 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.error(f"has text that is not UTF-8 ({error})") from error
 
+    def strings(self, count: int) -> list[str]:
+        """So many texts, one after the other: a vocabulary has hundreds of thousands."""
+        found, at, view = [], self.at, self.view
+        length = struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(count):
+                (size,) = length(view, at)
+                at += 8 + size
+                found.append(str(view[at - size : at], "utf-8"))
+                if at > self.end:
+                    break
+        except UnicodeDecodeError as error:
+            raise self.error(f"has text that is not UTF-8 ({error})") from error
+        except struct.error:
+            at = self.end + 1
+        self.take(at - self.at)
+        return found
+
     def name(self) -> str:
         """A key or a tensor's name."""
         text = self.string()
@@ -155,7 +173,7 @@ class _Reader:
         if inner == _STRING:
             if count > min(_MOST_STRINGS, (self.end - self.at) // 8):
                 raise self.error(f"the field {key!r} states {count:,} texts, more than there can be")
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         if inner not in _SCALARS and inner != _BOOL:
             raise self.error(f"the field {key!r} is a list of type {inner}, which this reader does not have")
         dtype = np.dtype("?" if inner == _BOOL else _SCALARS[inner])

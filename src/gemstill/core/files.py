@@ -125,6 +125,11 @@ def read_json(path: str | Path) -> Any:
         raise Error(f"is not valid JSON ({error})", where=path) from error
 
 
+def cached(name: str) -> Path:
+    """Where something that can be made again is kept under `name`: $XDG_CACHE_HOME/gemstill, else ~/.cache/gemstill."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemstill" / name
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal digits."""
     with open(path, "rb") as handle:

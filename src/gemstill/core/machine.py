@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemstill.core.errors import Error
-from gemstill.core.files import read_json, write_json
+from gemstill.core.files import cached, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def probe(*, fresh: bool = False) -> Machine:
 
     threads = torch.get_num_threads()
     key = hashlib.sha256(f"{_VERSION}|{cpu_name()}|{torch.__version__}|{threads}".encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemstill" / f"machine-{key}.json"
+    path = cached(f"machine-{key}.json")
     if not fresh:
         with contextlib.suppress(Error, TypeError):  # no record yet, or one of another shape
             return Machine(**read_json(path))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 
 from gemstill.core.errors import Error
+from gemstill.text.words import SPACE
 
 GROWTH = 64.0  # times as long as it was: the most that normalising or decoding may make a text
 PARTS = 16  # in a row
@@ -36,6 +37,19 @@ _GROWTH = {
     ),
     "decoder": dict.fromkeys(("ByteFallback", "Fuse", "ByteLevel", "Metaspace", "Strip"), 1.0),
 }  # fmt: skip
+# What spelling spaces as U+2581 and back looks like; and settings of a model with which it would do anything else.
+_SPACE = {"String": " "}
+NORMALIZER = {"type": "Replace", "pattern": _SPACE, "content": SPACE}
+_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ],
+}
+_OTHERWISE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+_ADDED = {"id", "content", "special"}
 _NAMES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 # In JSON a letter can be spelled as its number, so that a search for a name does not find it: then all is read.
 _SUSPECT = re.compile(rb'\\u00[2-7]|\{\s*"Regex"|:\s*"Precompiled"')
@@ -63,6 +77,48 @@ def check_file(data: bytes, where: object) -> None:
             if "Regex" in item and item["Regex"] not in REGEXES:
                 raise Error(f"cuts text by a pattern that is not known ({item['Regex']!r:.80})", where=where)
         rest += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+
+
+def plain_state(data: bytes) -> dict[str, Any] | None:
+    """The contents of a tokenizer.json that does what SentencePiece does to a text and no more, else None.
+
+    That is a BPE with byte pieces whose spaces are spelled U+2581, as `Vocabulary.to_tokenizer_json` writes it and as
+    Gemma's are published; merges come back as pairs. Whatever else it says, and whatever is not as the library
+    would write it, is for the library to read.
+    """
+    try:
+        state = json.loads(data, object_pairs_hook=_once)
+        model, added = state["model"], state["added_tokens"]
+        vocab, merges = model["vocab"], model["merges"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    pre = state.get("pre_tokenizer") or {"type": "Split", "pattern": _SPACE}
+    plain = (
+        isinstance(vocab, dict)
+        and isinstance(merges, list)
+        and isinstance(added, list)
+        and (state.get("normalizer"), state.get("decoder")) == (NORMALIZER, _DECODER)
+        and (pre.get("type"), pre.get("pattern")) == ("Split", _SPACE)
+        and model.get("type") == "BPE"
+        and model.get("byte_fallback") is True
+        and not any(model.get(name) for name in _OTHERWISE)
+        and all(type(number) is int for number in vocab.values())
+        and all(isinstance(token, dict) and token.keys() >= _ADDED for token in added)
+    )
+    if not plain:
+        return None
+    if merges and isinstance(merges[0], str):  # as files had it until 2024
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    if not all(isinstance(m, list) and len(m) == 2 and type(m[0]) is type(m[1]) is str for m in merges):
+        return None
+    following = len(vocab)
+    for token in added:  # the library numbers them itself
+        number = vocab.get(token["content"])
+        if token["id"] != (following if number is None else number):
+            return None
+        following += number is None
+    model["merges"] = merges
+    return cast(dict[str, Any], state)
 
 
 def check_parts(fast: tokenizers.Tokenizer, where: object) -> None:

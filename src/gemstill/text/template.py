@@ -140,8 +140,7 @@ def judge(template: str, ours: tuple[tuple[str | Slot, ...], ...], tokens: tuple
         [[part if isinstance(part, str) else asdict(part) for part in each] for each in ours],
     ]
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = home / "gemstill" / f"template-{key[:32]}.json"
+    file = files.cached(f"template-{key[:32]}.json")
     with suppress(Error, TypeError):
         return Verdict(**files.read_json(file))
     theirs = layouts(template, GRID, tokens)

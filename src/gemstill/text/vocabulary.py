@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
+from operator import add, itemgetter
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
@@ -31,7 +34,7 @@ _STEERING = re.compile(
     r"|\[@BOS@\]|\[multimodal\]|<\|.*\|>",
     re.DOTALL,
 )
-_RUNS = frozenset(character * size for character in f" \t\n\r{SPACE}" for size in range(2, LONGEST_PIECE + 1))
+_RUNS = frozenset(character * size for character in f" \t\n{SPACE}" for size in range(2, LONGEST_PIECE + 1))
 
 
 def steers(piece: str) -> bool:
@@ -69,18 +72,19 @@ class Vocabulary:
         size = len(self.pieces)
         if not size or not size == len(self.scores) == len(self.types):
             raise Error(f"{size} pieces, {len(self.scores)} scores, {len(self.types)} types", where="vocabulary")
-        types = [int(kind) for kind in self.types]
-        pieces = [_spelled(piece, kind) for piece, kind in zip(self.pieces, types, strict=True)]
+        types = list(map(int, self.types))
+        pieces = _spelled(self.pieces, types)
         if strange := set(types) - set(range(NORMAL, BYTE + 1)):
             raise Error(f"there is no type of piece {min(strange)}", where="vocabulary")
         if len(set(pieces)) != size:
             twice = next(piece for piece, count in Counter(pieces).items() if count > 1)
             raise Error(f"the piece {twice[:40]!r} is there twice", where="vocabulary")
-        if not all(0 < len(piece) <= LONGEST_PIECE for piece in pieces):
+        if not 0 < min(map(len, pieces)) <= max(map(len, pieces)) <= LONGEST_PIECE:
             raise Error(f"a piece is empty or has more than {LONGEST_PIECE} characters", where="vocabulary")
-        if any(map(math.isnan, self.scores)):
+        scores = list(map(float, self.scores))
+        if any(map(math.isnan, scores)):
             raise Error("a score is not a number", where="vocabulary")
-        if not all(piece in _BYTE_VALUES for piece, kind in zip(pieces, types, strict=True) if kind == BYTE):
+        if not all(pieces[number] in _BYTE_VALUES for number, kind in enumerate(types) if kind == BYTE):
             raise Error("a byte piece is not spelled <0x00> to <0xFF>", where="vocabulary")
         for name in ("bos_id", "eos_id", "unk_id", "pad_id"):
             number = getattr(self, name)
@@ -94,10 +98,11 @@ class Vocabulary:
         for number in defined:
             if steers(pieces[number]):
                 types[number] = CONTROL
-        runs = whitespace_runs(pieces[number] for number in defined)
-        each = zip(pieces, types, strict=True)
-        types = [USER_DEFINED if kind == NORMAL and piece in runs else kind for piece, kind in each]
-        for name, value in {"pieces": pieces, "scores": list(map(float, self.scores)), "types": types}.items():
+        if runs := whitespace_runs(pieces[number] for number in defined):
+            for number, piece in enumerate(pieces):
+                if piece in runs and types[number] == NORMAL:
+                    types[number] = USER_DEFINED
+        for name, value in {"pieces": pieces, "scores": scores, "types": types}.items():
             object.__setattr__(self, name, value)
 
     @staticmethod
@@ -144,7 +149,7 @@ class Vocabulary:
             model.pieces.add(piece=piece, score=score, type=kind)
         trainer, normalizer = model.trainer_spec, model.normalizer_spec
         trainer.model_type, trainer.vocab_size = trainer.BPE, len(self.pieces)
-        trainer.byte_fallback, trainer.split_digits, trainer.allow_whitespace_only_pieces = self._has_bytes, True, True
+        trainer.byte_fallback, trainer.split_digits, trainer.allow_whitespace_only_pieces = self.has_bytes, True, True
         for name in ("bos", "eos", "unk", "pad"):
             number = getattr(self, f"{name}_id")
             setattr(trainer, f"{name}_id", number)
@@ -188,7 +193,7 @@ class Vocabulary:
         """A tokenizer of the `tokenizers` library that gives the same ids."""
         unknown = self.pieces[self.unk_id] if self.unk_id >= 0 else None
         vocab = {piece: number for number, piece in enumerate(self.pieces)}
-        model = BPE(vocab=vocab, merges=self.merges(), unk_token=unknown, fuse_unk=True, byte_fallback=self._has_bytes)
+        model = BPE(vocab=vocab, merges=self.merges(), unk_token=unknown, fuse_unk=True, byte_fallback=self.has_bytes)
         fast = tokenizers.Tokenizer(model)
         fast.normalizer = normalizers.Replace(" ", SPACE)
         # Finds no space after the normaliser; there because transformers' Gemma class has it too.
@@ -200,17 +205,19 @@ class Vocabulary:
                 single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, self.bos_id)]
             )
         fast.add_special_tokens(
-            [AddedToken(token, special=True, normalized=False) for token in self._of(CONTROL, UNKNOWN)]
+            [AddedToken(token, special=True, normalized=False) for token in self.of_type(CONTROL, UNKNOWN)]
         )
         # A run of spaces is one only after the normaliser has made it U+2581.
-        fast.add_tokens([AddedToken(token, normalized=SPACE in token) for token in self._of(USER_DEFINED)])
+        fast.add_tokens([AddedToken(token, normalized=SPACE in token) for token in self.of_type(USER_DEFINED)])
         return fast
 
     @property
-    def _has_bytes(self) -> bool:
+    def has_bytes(self) -> bool:
+        """Is there a piece for each byte, so that any text can be said?"""
         return self.types.count(BYTE) == len(BYTES)
 
-    def _of(self, *kinds: int) -> list[str]:
+    def of_type(self, *kinds: int) -> list[str]:
+        """The pieces of these types."""
         return [piece for piece, kind in zip(self.pieces, self.types, strict=True) if kind in kinds]
 
 
@@ -223,29 +230,32 @@ def _message() -> Any:
     return module.ModelProto()
 
 
-def _spelled(piece: str | bytes, kind: int) -> str:
+def _spelled(pieces: Sequence[str | bytes], types: Sequence[int]) -> list[str]:
+    """All pieces as text, a space in a user-defined one as U+2581. Raises Error where one is not UTF-8."""
     try:
-        piece = piece.decode() if isinstance(piece, bytes) else piece
-        piece.encode()
+        texts = [piece if isinstance(piece, str) else str(piece, "utf-8") for piece in pieces]
+        "".join(texts).encode()  # a lone surrogate is text, and no UTF-8
     except UnicodeError as error:
         raise Error(f"a piece is not UTF-8 ({error})", where="vocabulary") from error
-    return piece.replace(" ", SPACE) if kind == USER_DEFINED else piece
+    for number, kind in enumerate(types):
+        if kind == USER_DEFINED:
+            texts[number] = texts[number].replace(" ", SPACE)
+    return texts
 
 
-def from_fast(fast: tokenizers.Tokenizer, ids: Sequence[int], *, where: object) -> Vocabulary:
+def from_json(state: dict[str, Any], ids: Sequence[int], *, where: object) -> Vocabulary:
     """The vocabulary of a tokenizer.json that was made from a SentencePiece model; scores from the merges' order.
 
-    ids: of bos, eos, unk and pad.
+    state: the file's contents as the `tokenizers` library writes them. ids: of bos, eos, unk and pad.
 
     Raises:
         Error: it gives other ids than any SentencePiece model would (byte-level BPE, one merge a piece, …).
     """
-    state = json.loads(fast.to_str())
     model: dict[str, Any] = state["model"]
     fix = "keep it as tokenizer.json, or use the tokenizer.model that it was made from"
     if model["type"] != "BPE" or not model.get("byte_fallback"):
         raise Error("is not made from a SentencePiece model", where=where, fix=fix)
-    numbers: dict[str, int] = fast.get_vocab(with_added_tokens=True)
+    numbers: dict[str, int] = model["vocab"] | {token["content"]: token["id"] for token in state["added_tokens"]}
     pieces = sorted(numbers, key=numbers.__getitem__)
     if list(map(numbers.__getitem__, pieces)) != list(range(len(pieces))):
         raise Error("its ids are not 0, 1, 2, …", where=where, fix=fix)
@@ -258,23 +268,52 @@ def from_fast(fast: tokenizers.Tokenizer, ids: Sequence[int], *, where: object) 
             if name not in numbers and place < len(pieces) and pieces[place] == chr(byte):
                 pieces[place], types[place] = name, BYTE
     vocabulary = Vocabulary(pieces, [0.0] * len(pieces), types, *ids)
-    normal = [number for number, kind in enumerate(vocabulary.types) if kind == NORMAL]
-    names = {pieces[number] for number in normal}
-    theirs = [(left, right) for left, right in model["merges"] if {left, right, left + right} <= names]
-    joint = list(map("".join, theirs))
-    rank = {piece: place for place, piece in enumerate(dict.fromkeys(joint))}
-    by_rank = sorted(normal, key=lambda number: (rank.get(pieces[number], len(rank)), number))
-    if by_rank[: len(rank)] == [number for number in normal if pieces[number] in rank]:
-        by_rank = normal  # as published: pieces stand in the order of their scores, the single characters too
-    scores = list(vocabulary.scores)
-    for place, number in enumerate(by_rank):
-        scores[number] = -float(place)
-    vocabulary = replace(vocabulary, scores=scores)
-    ours = vocabulary.merges()
-    # Which of two pairs with the same joint piece comes first says nothing.
-    if set(ours) != set(theirs) or list(map("".join, ours)) != joint:
+    scores = _order(vocabulary, model["merges"])
+    if scores is None:
         raise Error("its merges are not those of a SentencePiece model", where=where, fix=fix)
-    return vocabulary
+    return replace(vocabulary, scores=scores)
+
+
+def _order(vocabulary: Vocabulary, merges: Sequence[Sequence[str]]) -> list[float] | None:
+    """Scores with which `vocabulary` merges as `merges` (pairs, the best first) say; None where no scores would."""
+    normal = {
+        piece: number
+        for number, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
+        if kind == NORMAL
+    }
+
+    def numbers(pieces: Iterable[str]) -> NDArray[np.int64]:
+        return np.fromiter(map(normal.get, pieces, repeat(-1)), np.int64, len(merges))
+
+    left, right = (list(map(itemgetter(side), merges)) for side in (0, 1))
+    made = numbers(map(add, left, right))
+    plain = (numbers(left) >= 0) & (numbers(right) >= 0) & (made >= 0)
+    # A merge of what is no plain piece never comes about only where its joint piece is cut out of the text before.
+    cut_out = set(vocabulary.of_type(USER_DEFINED))
+    if not all(left[place] + right[place] in cut_out for place in (~plain).nonzero()[0].tolist()):
+        return None
+    lengths = np.fromiter(map(len, left), np.int64, len(merges))[plain]
+    made = made[plain]
+    in_order, first = np.unique(made, return_index=True)
+    ranked = np.full(len(vocabulary.pieces), len(made))
+    ranked[in_order] = first
+    by_id = np.fromiter(normal.values(), np.int64, len(normal))
+    by_rank = by_id[np.argsort(ranked[by_id], kind="stable")]
+    if np.array_equal(by_rank[: len(in_order)], in_order):
+        by_rank = by_id  # as published: pieces stand in the order of their scores, the single characters too
+    scores = np.zeros(len(vocabulary.pieces))
+    scores[by_rank] = -np.arange(len(by_rank), dtype=np.float64)
+    # Which of two pairs with the same joint piece comes first says nothing. All pairs there are, each of them once:
+    pairs = np.sort(made * (LONGEST_PIECE + 1) + lengths)
+    if (np.diff(scores[made]) > 0).any() or (np.diff(pairs) == 0).any() or len(pairs) != _count(normal):
+        return None
+    found: list[float] = (scores + 0.0).tolist()  # no -0.0
+    return found
+
+
+def _count(normal: Mapping[str, int]) -> int:
+    """How many pairs of these pieces make one of them."""
+    return sum(piece[:cut] in normal and piece[cut:] in normal for piece in normal for cut in range(1, len(piece)))
 
 
 def _type(piece: str, added: dict[str, Any] | None) -> int:
