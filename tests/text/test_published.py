@@ -104,6 +104,13 @@ def test_long_runs_part_from_the_library(ways: dict[str, Tokenizer], library, re
     assert referee.encode(text) == ids_of(ways, text) != library.encode(text, add_special_tokens=False).ids
 
 
+def test_carriage_returns_are_merged(ways: dict[str, Tokenizer], library, referee) -> None:
+    """Two of them are a piece like any other, which merges; runs of tabs and newlines are symbols, which do not."""
+    for text in ("}\r\r", " \r\r", "{\r\r\r\r}", "a\r\n\r\n"):
+        assert library.encode(text, add_special_tokens=False).ids == ids_of(ways, text) == referee.encode(text)
+    assert len(ids_of(ways, "}\r\r")) == 1
+
+
 def test_real_text(ways: dict[str, Tokenizer], referee, auto) -> None:
     for document in corpus():
         if SPACE not in document:
