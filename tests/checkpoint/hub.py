@@ -95,13 +95,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str, path: Path) -> None:
         data = path.read_bytes()
-        self.send_response(200)
+        tag, part = hashlib.sha256(data).hexdigest(), self.headers.get("range")
+        self.send_response(206 if part else 200)
+        if part:
+            first, _, last = part.removeprefix("bytes=").partition("-")
+            self.send_header("Content-Range", f"bytes {first}-{min(int(last), len(data) - 1)}/{len(data)}")
+            data = data[int(first) : int(last) + 1]
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("ETag", f'"{tag}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "GET":
-            self.hub.fetched.append(name)
+            self.hub.fetched.append(f"{name}, in part" if part else name)
             self.wfile.write(data)
 
     def reply(self, value: object, status: int = 200, **headers: str) -> None:

@@ -3,6 +3,7 @@
 Each look-up is a process of its own: `huggingface_hub` reads its settings when it is imported.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from dataclasses import replace
 import pytest
 
 from gemstill.checkpoint.huggingface import load_folder, save_folder
+from gemstill.checkpoint.look import look
 from gemstill.model.transformer import Transformer
+from gemstill.report.inspect_model import describe_model
 from tests.checkpoint.hub import COMMIT, Hub
 from tests.model.reference import BASE, roughen
 from tests.model.tokenizers import small_tokenizer
@@ -23,6 +26,17 @@ from gemstill.checkpoint.hub import resolve
 from gemstill.core.errors import Error
 try:
     print(resolve(sys.argv[1]))
+except Error as error:
+    sys.exit(print(error, file=sys.stderr) or 2)
+"""
+INSPECT = """
+import json, sys
+from pathlib import Path
+from gemstill.checkpoint.look import look
+from gemstill.core.errors import Error
+from gemstill.report.inspect_model import describe_model
+try:
+    print(json.dumps(describe_model(look(sys.argv[1]))))
 except Error as error:
     sys.exit(print(error, file=sys.stderr) or 2)
 """
@@ -109,6 +123,42 @@ def test_what_is_not_there_is_said(ask, hub):
     unreachable = ask(NAME, HF_ENDPOINT="http://127.0.0.1:9")
     assert "cannot be fetched from http://127.0.0.1:9" in unreachable
     assert hub.fetched == []
+
+
+@pytest.mark.parametrize("most", [5 * 10**9, 40_000])
+def test_inspect_fetches_no_weights(ask, hub, folder, tmp_path, monkeypatch, most):
+    """What is said of a model on the hub is what is said of its folder, from the heads of its files alone."""
+    monkeypatch.setattr("gemstill.checkpoint.huggingface.SHARD", most)
+    hub.folder = tmp_path / "repository"
+    save_folder(*load_folder(folder), hub.folder)
+    files = len(list(hub.folder.glob("*.safetensors")))
+    assert (files > 1) == (most < 10**9)
+    found = json.loads(ask(NAME, INSPECT))
+    assert found == json.loads(json.dumps(describe_model(look(hub.folder))))
+    weights = [name for name in hub.fetched if ".safetensors" in name and "index" not in name]
+    assert len(weights) == files
+    assert all(name.endswith("in part") for name in weights)
+    if files == 1:
+        return
+    for code in (INSPECT, CODE):  # the cache has no weights, and does not pass for whole
+        assert "and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE" in ask(NAME, code, HF_HUB_OFFLINE="1")
+    assert "cannot be fetched from http://127.0.0.1:9" in ask(NAME, HF_ENDPOINT="http://127.0.0.1:9")
+    ask(NAME)
+    assert json.loads(ask(NAME, INSPECT, HF_HUB_OFFLINE="1")) == found
+
+
+def test_inspect_answers_for_what_is_not_there(ask, hub, tmp_path):
+    hub.gated = True
+    assert "is given only to those who accept its terms" in ask(NAME, INSPECT)
+    hub.gated = False
+    weights = (hub.folder / "model.safetensors").read_bytes()
+    hub.folder = tmp_path / "other"
+    hub.folder.mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (hub.folder / name).write_text("{}")
+    assert "has no safetensors; pickled weights are never fetched" in ask(NAME, INSPECT, HF_HOME=str(tmp_path / "b"))
+    (hub.folder / "model.safetensors").write_bytes(b"\xff" * 8 + weights[8:])
+    assert "cannot be fetched from" in ask(NAME, INSPECT, HF_HOME=str(tmp_path / "c"))
 
 
 def test_an_interrupted_copy_is_not_taken_for_a_whole_one(ask, hub, tmp_path):

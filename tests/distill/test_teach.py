@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,3 +286,19 @@ def test_a_teacher_of_another_tokenizer_is_refused_and_both_named(folders, tmp_p
     with pytest.raises(Error, match=f"{other.fingerprint[:16]}.*{dataset.tokenizer_fingerprint[:16]}"):
         run(config)
     assert not config.output.exists()
+
+
+def test_a_teacher_without_rows_for_the_last_entries(tmp_path):
+    """Gemma 3's tokenizer has one entry more than the model has rows: a mark for images, which no text has."""
+    stream = Stream()
+    last = int(stream.tokens.max())
+    stream.tokens[stream.tokens == last] = 0
+    info = describe(tiny(last), stream, **settings(), teacher="short")
+    assert (info.vocab_size, info.stored_vocab_size) == (last, last)
+    store = teach_model(tiny(last), stream, tmp_path / "store", info)
+    assert int(store[:].ids.max()) < last
+    dataset = SimpleNamespace(vocab_size=VOCAB, fingerprint=stream.tokenizer_fingerprint)
+    assert Store.open(tmp_path / "store", tokenizer=dataset).info == info
+    stream.tokens[200] = last
+    with pytest.raises(Error, match=f"short: has {last} rows and none for the entry {last} of its tokenizer"):
+        describe(tiny(last), stream, **settings(), teacher="short")

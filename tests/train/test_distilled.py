@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_recipe
 
+from gemstill.checkpoint.source import load, save
 from gemstill.core.errors import Error
-from gemstill.data.dataset import TokenDataset
+from gemstill.core.notices import Notice
+from gemstill.data.dataset import TokenDataset, read_header
 from gemstill.data.loader import Loader
+from gemstill.data.shards import write_dataset
 from gemstill.distill.store import Store
-from gemstill.distill.teach import describe, teach_model
+from gemstill.distill.teach import TeachConfig, describe, teach_model
+from gemstill.distill.teach import run as teach
 from gemstill.model.readout import logits
 from gemstill.model.transformer import Transformer
 from gemstill.ops.target import Target
-from gemstill.train.config import HardConfig, ModelChoice, SourceConfig, TrainConfig
+from gemstill.text.tokenizer import Tokenizer
+from gemstill.text.vocabulary import CONTROL
+from gemstill.train.config import DataChoice, HardConfig, ModelChoice, SourceConfig, TrainConfig
 from gemstill.train.metrics import read
 from gemstill.train.objectives import FromStore, NextToken
-from gemstill.train.run import train
+from gemstill.train.run import plan, train
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +112,48 @@ def test_stores_for_some_sources_only_are_refused(recipe: TrainConfig) -> None:
     sources = [SourceConfig("a"), SourceConfig("b", store="c")]
     with pytest.raises(Error, match="all one, or none"):
         dataclasses.replace(recipe.data, sources=sources)
+
+
+def test_from_a_model_without_a_row_for_its_tokenizers_last_entry(tmp_path: Path, corpus: Path) -> None:
+    """As Gemma 3 is published, with a mark for images that its text models have no row for: taught by and trained."""
+    vocabulary = Tokenizer.open(corpus / "tokenizer").vocabulary()
+    size = len(vocabulary.pieces)
+    tokenizer = Tokenizer.from_vocabulary(
+        dataclasses.replace(
+            vocabulary,
+            pieces=[*vocabulary.pieces, "<image_soft_token>"],
+            scores=[*vocabulary.scores, 0.0],
+            types=[*vocabulary.types, CONTROL],
+        )
+    )
+    tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "text").mkdir()
+    for file in sorted((corpus / "text").iterdir())[:24]:
+        shutil.copy(file, tmp_path / "text")
+    write_dataset(tmp_path / "text", tokenizer, tmp_path / "data", heldout_fraction=0.3, workers=1)
+    model = Transformer(ModelChoice("mini-1m", TINY | {"vocab_size": size}).shape(), seed=3)
+    with pytest.warns(Notice, match="has no row in the model and is never used"):
+        save(model, tokenizer, tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        store = teach(TeachConfig(str(tmp_path / "model"), tmp_path / "data" / "train", tmp_path / "store", window=32))
+        assert (store.vocab_size, tokenizer.vocab_size) == (size, size + 1)
+        source = SourceConfig(str(tmp_path / "data"), store=str(tmp_path / "store"))
+        recipe = make_recipe(
+            corpus, tmp_path / "run", steps=2, model=ModelChoice(start=str(tmp_path / "model")),
+            data=DataChoice([source], str(tmp_path / "tokenizer"), window=32),
+        )  # fmt: skip
+        assert train(recipe)["steps"] == 2
+        trained, _ = load(tmp_path / "run" / "model")
+    assert trained.config.vocab_size == size
+    plain = DataChoice([SourceConfig(str(tmp_path / "data"))], recipe.data.tokenizer, window=32)
+    fresh = dataclasses.replace(recipe, run=str(tmp_path / "fresh"), data=plain)
+    plan(fresh)
+    for part in ("heldout", "train"):
+        path = next((tmp_path / "data" / part).glob("*.safetensors"))
+        dtype, offset, _ = read_header(path).tokens
+        ids = np.memmap(path, dtype, "r+", offset)
+        ids[5], before = size, ids[5]
+        with pytest.raises(Error, match=f"has {size} rows and none for the entry {size} of its tokenizer"):
+            plan(fresh)
+        ids[5] = before

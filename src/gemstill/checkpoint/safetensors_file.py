@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,19 @@ _SHARD = re.compile(r"[\w][\w.\-]*\.safetensors", re.ASCII)  # no folder, no way
 _MOST_HEADER = 4 << 20  # bytes; the header of a 27B model has 60,000
 _MOST_INDEX = 4 << 20
 _COPY = 16 << 20  # bytes converted and written at once
+
+
+class Headers(NamedTuple):
+    """What safetensors files say of their tensors: name -> shape, the format's name of the type, the file's name."""
+
+    shapes: dict[str, list[int]]
+    types: dict[str, str]
+    files: dict[str, str]
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Name -> type, of the tensors whose type is none that weights have."""
+        return {name: kind for name, kind in self.types.items() if kind not in NAMES}
 
 
 class Weights:
@@ -64,7 +77,12 @@ class Weights:
     @property
     def unreadable(self) -> dict[str, str]:
         """Name -> type, of the tensors whose type is none that weights have."""
-        return {name: kind for name, kind in self.types.items() if kind not in NAMES}
+        return self.headers.unreadable
+
+    @property
+    def headers(self) -> Headers:
+        """What the files say."""
+        return Headers(self.shapes, self.types, {name: path.name for name, (path, _) in self._files.items()})
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor: mapped from the file on the CPU, or a copy of its own in another `dtype`."""

@@ -192,7 +192,7 @@ class Store:
 
         if tokenizer is not None:
             refuse("the tokenizer", info.tokenizer_fingerprint, tokenizer.fingerprint)
-            refuse("a vocabulary of", info.vocab_size, tokenizer.vocab_size)
+            refuse("a vocabulary of", info.vocab_size, min(tokenizer.vocab_size, info.stored_vocab_size))
         if dataset is not None:
             refuse("the tokenizer", info.tokenizer_fingerprint, dataset.tokenizer_fingerprint)
             refuse("the shards", info.dataset_fingerprint, dataset.fingerprint)

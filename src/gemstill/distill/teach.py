@@ -16,6 +16,7 @@ from gemstill.core import files, machine
 from gemstill.core.errors import Error
 from gemstill.core.progress import Progress
 from gemstill.data.dataset import TokenDataset
+from gemstill.data.rows import entries_used
 from gemstill.distill import code
 from gemstill.distill.block import Rows, block_path, encode, write_block
 from gemstill.distill.card import store_card
@@ -153,7 +154,8 @@ def describe(
     """What a store of this teacher over this data set is made of; the settings are TeachConfig's.
 
     model: a teacher, or a network, whose name and licence are then `teacher` and `licence`. Its head may have more
-    rows than the data set's vocabulary has entries; they are never learned from.
+    rows than the data set's vocabulary has entries; they are never learned from. It may have none for the last few
+    entries where these do not occur.
 
     Raises:
         Error: a vocabulary the teacher does not have, a block that is no whole number of windows, an estimator that
@@ -161,14 +163,15 @@ def describe(
     """
     known = as_teacher(model, teacher)
     stored = known.vocab_size or dataset.vocab_size
-    if stored < dataset.vocab_size:
-        what = f"has a vocabulary of {stored}, the data set one of {dataset.vocab_size}"
+    vocab_size = entries_used(stored, dataset.vocab_size, [dataset], known.name)
+    if stored < vocab_size:
+        what = f"has a vocabulary of {stored}, the data set one of {vocab_size}"
         raise Error(what, where=known.name, fix="use a teacher of this tokenizer")
     if known.sparse:
         expect_topk(Estimator.parse(str(estimator)), known.name)
     return StoreInfo(
         known.name, known.fingerprint, licence or known.licence, dataset.tokenizer_fingerprint, dataset.fingerprint,
-        dataset.num_tokens, dataset.vocab_size, stored, window, block_tokens, str(estimator), float(temperature), seed,
+        dataset.num_tokens, vocab_size, stored, window, block_tokens, str(estimator), float(temperature), seed,
         batch, known.precision,
     )  # fmt: skip
 

@@ -77,8 +77,7 @@ def describe_model(found: Found) -> dict[str, Any]:
     """
     unusual: list[str] = []
     with _noting(unusual):
-        path = find(found.path)
-        read = _gguf(path) if found.kind == "gguf" else _google(path) if _is_google(path) else _folder(path)
+        read = _hub(str(found.path)) if found.kind == "hub" else _read(found)
     unusual += read.unusual
     config = read.config
     described: dict[str, Any] = {"format": read.format, **read.facts}
@@ -150,11 +149,23 @@ def _is_google(path: Path) -> bool:
     return path.is_file() or ((path / google.INDEX).exists() and not any(path.glob("*.safetensors")))
 
 
-def _folder(folder: Path) -> Read:
+def _read(found: Found) -> Read:
+    path = find(found.path)
+    if found.kind == "gguf":
+        return _gguf(path)
+    return _google(path) if _is_google(path) else _folder(path, safetensors_file.Weights(path, None).headers)
+
+
+def _hub(name: str) -> Read:
+    from gemstill.checkpoint.hub import describe
+
+    return _folder(*describe(name))
+
+
+def _folder(folder: Path, weights: safetensors_file.Headers) -> Read:
     path = folder / hf_config.CONFIG
     raw = hf_config.read_limited(path, hf_config.MOST_CONFIG)
     config, unusual = hf_config.from_hf(raw, path), []
-    weights = safetensors_file.Weights(folder, None)
     tensors = []
     for name, shape in weights.shapes.items():
         kind = weights.types[name]
@@ -171,7 +182,7 @@ def _folder(folder: Path) -> Read:
     unusual += _differences(tensors, config, {t.name: t.type for t in tensors if t.name in weights.unreadable})
     unusual += _programs(folder, raw)
     facts = {"written_by_gemstill": raw["gemstill_version"]} if "gemstill_version" in raw else {}
-    files = sorted({weights.path(name).name for name in weights.shapes})
+    files = set(weights.files.values())
     tokenizer = _opened(unusual, lambda: Tokenizer.open(folder))
     if not (folder / "tokenizer.model").is_file():
         unusual.append("there is no tokenizer.model, which llama.cpp's converter asks for")

@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with ranks() as here, locked(folder) if here.rank == 0 else nullcontext():
         data = _open(config)
         data = dataclasses.replace(data, teacher=_teacher(config, data, here))
-        shape = student.shape_of(config.model, data.tokenizer)
+        shape = student.shape_of(config.model, data.tokenizer, [*data.train, *data.heldout])
         # All ranks take the first one's word: measured speeds differ from process to process.
         config, recipe = here.share(_settle(config, shape, data, here) if here.rank == 0 else None)
         if here.rank == 0:
@@ -98,7 +98,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         Error: as `train` does for data, store, tokenizer and model that do not fit each other.
     """
     data = _open(config)
-    shape = student.shape_of(config.model, data.tokenizer)
+    shape = student.shape_of(config.model, data.tokenizer, [*data.train, *data.heldout])
     settled, _ = _settle(config, shape, data, Ranks())
     parameters = shape.body_parameters + shape.embedding_parameters
     flops = train_flops(shape, config.data.window) * config.tokens_per_step * settled.steps

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from gemstill.data.rows import Text, entries_used
 from gemstill.model.adapter import Adapter, ForeignConfig
 from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
@@ -16,11 +18,11 @@ Network = Transformer | Adapter
 Shape = ModelConfig | ForeignConfig
 
 
-def shape_of(choice: ModelChoice, tokenizer: Tokenizer) -> Shape:
-    """The shape of the network that a recipe names, for text of this tokenizer.
+def shape_of(choice: ModelChoice, tokenizer: Tokenizer, texts: Sequence[Text]) -> Shape:
+    """The shape of the network that a recipe names, for these texts of this tokenizer.
 
     Raises:
-        Error: there is no such model, or its vocabulary is another.
+        Error: there is no such model, or its vocabulary is another, or it has no row for an entry that occurs.
     """
     if not (place := choice.start or choice.like):
         return choice.shape(tokenizer.vocab_size)
@@ -32,7 +34,8 @@ def shape_of(choice: ModelChoice, tokenizer: Tokenizer) -> Shape:
     shape = shape_of(place)
     if choice.like and isinstance(shape, ModelConfig):
         return shape.with_vocab(tokenizer.vocab_size)
-    check_vocabulary(shape.vocab_size, tokenizer.vocab_size, place, any_padding=isinstance(shape, ForeignConfig))
+    entries = entries_used(shape.vocab_size, tokenizer.vocab_size, texts, place)
+    check_vocabulary(shape.vocab_size, entries, place, any_padding=isinstance(shape, ForeignConfig))
     return shape
 
 
