@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemstill.core.errors import Error
+from gemstill.ops import blocks
 from gemstill.ops.blocks import BLOCKS, SLICE, dequantize, quantize
 
 gguf = pytest.importorskip("gguf")
@@ -111,3 +112,30 @@ def test_many_blocks_packed_as_by_gguf(name: str) -> None:
 def test_refusals(call, message: str) -> None:
     with pytest.raises(Error, match=message):
         call()
+
+
+def test_the_number_of_threads_is_left_as_it_was(monkeypatch):
+    """Few threads are not used, and are there again afterwards, also when something fails on the way."""
+    seen = []
+    block, unpack = BLOCKS["Q8_0"], blocks._FORMATS[BLOCKS["Q8_0"]]
+
+    def watched(data, out):
+        seen.append(torch.get_num_threads())
+        unpack(data, out)
+        if len(seen) > 2:
+            raise RuntimeError("on the way")
+
+    monkeypatch.setitem(blocks._FORMATS, block, watched)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, blocks.FEW + 1):
+            torch.set_num_threads(threads)
+            dequantize(torch.zeros(4, block.bytes, dtype=torch.uint8), "Q8_0")
+            assert torch.get_num_threads() == threads
+        torch.set_num_threads(2)
+        with pytest.raises(RuntimeError, match="on the way"):
+            dequantize(torch.zeros(4, block.bytes, dtype=torch.uint8), "Q8_0")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, blocks.FEW + 1, 1]

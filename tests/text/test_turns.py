@@ -298,6 +298,7 @@ def test_the_child_limits_itself_and_dies_with_an_interrupted_parent() -> None:
     code = f"""
 import os, signal, threading, time
 from gemstill.text.template import Case, layouts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 def interrupt():
     while True:
         try:

@@ -6,7 +6,8 @@ package `gguf` (gguf.quants), in both directions, for finite weights and scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from gemstill.core.errors import Error
 
 Unpack = Callable[[Tensor, Tensor], None]  # blocks [n, bytes] uint8 -> weights [n, size] float32, written in place
+FEW = 3  # threads that do not help
 SLICE = 1 << 19  # weights unpacked at once: what they pass through stays in the cache
 
 
@@ -174,14 +176,32 @@ def dequantize(data: Tensor, name: str, dtype: torch.dtype = torch.float32) -> T
     out = _new(len(blocks), block.size, dtype)
     unpack, step = _FORMATS[block], SLICE // block.size
     scratch = None if dtype == torch.float32 else torch.empty(min(step, len(blocks)), block.size)
-    for start in range(0, len(blocks), step):
-        part = out[start : start + step]
-        if scratch is None:
-            unpack(blocks[start : start + step], part)
-        else:
-            unpack(blocks[start : start + step], scratch[: len(part)])
-            part.copy_(scratch[: len(part)])
+    with _no_helpers():
+        for start in range(0, len(blocks), step):
+            part = out[start : start + step]
+            if scratch is None:
+                unpack(blocks[start : start + step], part)
+            else:
+                unpack(blocks[start : start + step], scratch[: len(part)])
+                part.copy_(scratch[: len(part)])
     return out.view(shape)
+
+
+@contextmanager
+def _no_helpers() -> Iterator[None]:
+    """Have torch work in this thread alone where it has few others: operations are so short that these are waited for.
+
+    Two threads on two cores take twice as long as one, and far more where another program runs.
+    """
+    threads = torch.get_num_threads()
+    if not 1 < threads <= FEW:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _new(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
