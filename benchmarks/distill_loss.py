@@ -2,9 +2,9 @@
 
 Everything runs in the machine's fast precision: hidden states and head in it, gradients to both. `products` are the
 job's matrix products back to back, written into memory that is there already: three of the student's, one of an
-online teacher's. plain is F.linear, cap, log_softmax, gather. torch is torch.nn.functional.linear_cross_entropy, the
-faster of its default and chunked forms. Other kernels that run on a CPU take part at --peer-tokens: TRL's chunked
-divergence, orda-kernel's torch back end, Axolotl's chunked top-k loss (on Liger's base class).
+online teacher's. plain is F.linear, cap, log_softmax, gather. torch is torch.nn.functional.linear_cross_entropy;
+--full tries its chunked form too, which takes minutes. Other kernels that run on a CPU take part at --peer-tokens:
+TRL's chunked divergence, orda-kernel's torch back end, Axolotl's chunked top-k loss (on Liger's base class).
 `--parts hard,sparse,online,large,peers,memory` chooses; all of them take a quarter of an hour. `sampled`, with
 --model (a GGUF file or folder of real weights), measures the sampled backward on its hidden states over prose.
 """
@@ -140,16 +140,16 @@ def against(name: str, found: dict[str, list[float]], peer: str, bar: float | No
     return compare(name, found["ours"], found[peer], "s", bar=bar, small=True, limit=limit)
 
 
-def hard(case: Case, rounds: int) -> list[Row]:
+def hard(case: Case, rounds: int, full: bool) -> list[Row]:
     target = Target.hard(case.labels)
     chunked = torch.nn.LinearCrossEntropyOptions()
     jobs: dict[str, Job] = {"ours": functools.partial(case.ours, target), "products": case.products()}
-    forms = {"default": None, "chunked": chunked}
-    # One call of each form finds the faster; only that one is then alternated.
+    forms = {"default": None, "chunked": chunked} if full else {"default": None}
+    # One call of each form finds the faster (the chunked one takes minutes); only that is then alternated.
     once = {name: timed(functools.partial(case.torchs, options))() for name, options in forms.items()}
     best = min(once, key=lambda name: once[name])
-    jobs["torch"] = functools.partial(case.torchs, forms[best])
     print("torch's forms, one call each:", {name: round(value, 2) for name, value in once.items()}, flush=True)
+    jobs["torch"] = functools.partial(case.torchs, forms[best])
     found = measure(jobs, rounds)
     return [
         against("hard / products", found, "products", 1.12),
@@ -241,7 +241,7 @@ def sampled(model: str, tokens: int, rounds: int, dtype: torch.dtype) -> list[Ro
 
 def noise(case: Case, target: Target, cap: float | None) -> list[Row]:
     """Root mean square over draws of the relative error of both gradients, in float32; and of the draws' mean."""
-    draws, pair = 8, (case.hidden.detach().float(), case.head.detach().float())
+    draws, pair = 4, (case.hidden.detach().float(), case.head.detach().float())
 
     def gradients(**options: Any) -> list[Tensor]:
         leaves = [x.requires_grad_() for x in pair]
@@ -308,7 +308,7 @@ def main() -> None:
     if {"hard", "sparse", "online"} & set(parts):
         case = Case(*size, args.tokens, dtype)
         if "hard" in parts:
-            rows += hard(case, args.rounds)
+            rows += hard(case, args.rounds, args.full)
         if "sparse" in parts:
             rows += sparse(case, args.rounds, dtype == torch.bfloat16)
         if "online" in parts:

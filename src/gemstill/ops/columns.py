@@ -17,6 +17,7 @@ from gemstill.ops.logits import TILE, cut, wide
 from gemstill.ops.native import kernels
 
 NOISE = 2e-3  # of the gradient, relative, were all columns of equal direction; two to three times that by measurement
+SORTED = 1 << 14  # sizes that set the threshold, which may be any as far as the expectation goes
 WORTH = 0.6  # of all columns: beyond this share, gathering them costs more than it saves
 
 
@@ -30,22 +31,28 @@ class Columns(NamedTuple):
 def choose(g: Tensor, seed: int) -> Columns | None:
     """Columns of g [n, V] for products along V: a function of g and `seed`; None where too many would be needed."""
     size = _squares(g).sqrt_()
-    ordered, total = size.sort().values.double(), float(size.double().square().sum())
-    # With the threshold t at the k-th size, systematic draws have variance Σ s·(t − s) over the sizes below it.
-    below, squares = ordered.cumsum(0), ordered.square().cumsum(0)
-    variance = ordered * below - squares
-    k = int(torch.searchsorted(variance, NOISE**2 * total, right=True)) - 1
-    threshold = float(ordered[max(k, 0)])
-    if threshold <= 0 or len(size) - k + float(below[k]) / threshold > WORTH * len(size):
+    threshold = _threshold(size)
+    small = size < threshold
+    if threshold <= 0 or float((~small).sum() + size[small].sum(dtype=torch.float64) / threshold) > WORTH * len(size):
         return None
     u = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    small = size < threshold
     chance = torch.where(small, size.double() / threshold, 0.0)
     # A column is drawn where a whole number lies in its stretch of the sum of chances, shifted by u.
     reached = (chance.cumsum(0) + u.to(chance.device)).floor_()
     drawn = reached.diff(prepend=reached.new_zeros(1)) > 0
     ids = (~small | drawn).nonzero()[:, 0]
     return Columns(ids, torch.where(small[ids], 1 / chance[ids], 1.0).to(size.dtype))
+
+
+def _threshold(size: Tensor) -> float:
+    """The largest of the sizes [V] (of some of them, spread evenly) whose draws stay below NOISE."""
+    stride = max(1, len(size) // SORTED)
+    ordered = size[::stride].sort().values.double()
+    # With the threshold t at the k-th size, systematic draws have variance Σ s·(t − s) over the sizes below it.
+    variance = (ordered * ordered.cumsum(0) - ordered.square().cumsum(0)) * stride
+    most = NOISE**2 * size.square().sum(dtype=torch.float64)
+    k = int(torch.searchsorted(variance, most, right=True)) - 1
+    return float(ordered[max(k, 0)])
 
 
 def _squares(g: Tensor) -> Tensor:
