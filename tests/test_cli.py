@@ -136,7 +136,7 @@ def test_every_command_is_wired(name: str, capsys: pytest.CaptureFixture[str]) -
     assert callable(getattr(module, command.run))
     assert callable(getattr(module, command.plan))
     with pytest.raises(SystemExit):
-        cli.main([name, "--help"])
+        cli.main([*name.split(), "--help"])
     from gemstill.core.config import fields
 
     config_module, _, class_name = command.config.partition(":")

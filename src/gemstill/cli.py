@@ -69,6 +69,23 @@ COMMANDS = {
         "distill.teach:TeachConfig",
         made="output",
     ),
+    "store verify": Command(
+        "read all of a store, compare checksums, decode every row",
+        "distill.command",
+        "distill.command:VerifyConfig",
+        run="verify",
+        plan="plan_verify",
+        places=("store", "data"),
+        resumes=False,
+    ),
+    "store merge": Command(
+        "make one store of parts that were written in several places",
+        "distill.command",
+        "distill.command:MergeConfig",
+        run="merge",
+        plan="plan_merge",
+        places=("parts", "target"),
+    ),
     "prune": Command(
         "make a smaller model of one: the blocks and MLP channels that matter least on text are left out",
         "distill.prune",
@@ -126,12 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # makes training many times slower than its share. Read when torch is loaded, which is later.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    command = COMMANDS.get(words[0]) if words else None
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
+    command = COMMANDS.get(name)
     on_one_line()
     try:
         if command is None:
             return _overview(words)
-        _run(words[0], command, words[1:])
+        _run(name, command, words[len(name.split()) :])
     except Error as error:
         from gemstill.core.terminal import printable
 
@@ -217,6 +235,9 @@ def _parse(
     positional, recipe = list(given.pop("words")), None
     if positional and positional[0].endswith((".yaml", ".yml")):
         recipe = positional.pop(0)
+    if command.places and _many(known[_flag(command.places[0])]):  # takes all but those of the other places
+        count = max(0, len(positional) - len(command.places) + 1)
+        positional[:count] = [positional[:count]]
     if len(positional) > len(command.places):
         extra = positional[len(command.places)]
         raise Error(f"does not know what to do with '{extra}'", where=f"gemstill {name}", fix="recipes end in .yaml")

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemstill.core.errors import Error
+from gemstill.distill import mass
 from gemstill.distill.estimators import Estimator, dense, join, sample, threshold, topk
+from gemstill.distill.mass import LANES
 
 
 def distributions(rows, vocab, scale=2.5, seed=0):
@@ -121,7 +123,9 @@ def test_a_large_vocabulary_and_its_smallest_entries():
     draw = threshold(p, 0.05, torch.tensor([0.0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64))
     assert_sound(draw, vocab)
     assert draw.drawn.tolist() == [20] * 4
-    steps = draw.ids[:, 1:] - draw.ids[:, :-1]
+    tile, inside = draw.ids // (64 * LANES), draw.ids % (64 * LANES)
+    ordinal = (tile * LANES + inside % LANES) * 64 + inside // LANES  # in the order of drawing, block after block
+    steps = ordinal[:, 1:] - ordinal[:, :-1]
     assert int(steps.min()) >= vocab // 20
     assert int(steps.max()) <= vocab // 20 + 1
     assert int(draw.ids[3, -1]) == vocab - 1
@@ -159,6 +163,49 @@ def test_bad_probabilities_are_refused(bad, name):
     p = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.25, 0.25, 0.25, bad]])
     with pytest.raises(Error, match=r"not finite|no distributions"):
         Estimator.parse(name)(p, uniform(2, 2))
+
+
+@pytest.mark.parametrize("name", ["threshold(0.1)", "threshold(0.02)", "sample(9)", "topk(7)", "dense"])
+@pytest.mark.parametrize("vocab", [50, 1000, 8192])
+@pytest.mark.parametrize("plain", [False, True])
+def test_from_logits_comes_what_comes_from_their_softmax(name, vocab, plain, monkeypatch):
+    """With and without native kernels, capped and tempered, vocabularies that are whole blocks and others."""
+    if plain:
+        monkeypatch.setattr(mass, "kernels", lambda x: None)
+    estimator, u = Estimator.parse(name), uniform(40, 9)
+    for dtype in (torch.float32, torch.bfloat16):
+        raw = (torch.randn(40, vocab, generator=torch.Generator().manual_seed(3)) * 4).to(dtype)
+        p = (5 * torch.tanh(raw.float() / 5) / 0.8).softmax(1)
+        ours, known = estimator.of_logits(raw.clone(), u, 5.0, 0.8), estimator(p, u)
+        assert torch.equal(ours.exact, known.exact)
+        # Of equal entries, of which bfloat16 has many, one may stand for another.
+        for a, b in ((ours.probs, known.probs), (p.gather(1, ours.ids), p.gather(1, known.ids))):
+            same = (a.double().sort(1).values - b.double().sort(1).values).abs().amax(1) < 1e-5
+            assert int(same.sum()) >= 37  # a rounding may move the border between two entries past a draw
+        assert_sound(ours, vocab)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("plain", [False, True])
+def test_logits_that_are_not_finite_are_refused(bad, plain, monkeypatch):
+    if plain:
+        monkeypatch.setattr(mass, "kernels", lambda x: None)
+    z = torch.zeros(3, 64)
+    z[1, 63] = bad
+    for name in ("threshold(0.1)", "sample(2)", "topk(2)"):
+        with pytest.raises(Error, match="not finite"):
+            Estimator.parse(name).of_logits(z.clone(), uniform(3, 2))
+
+
+@pytest.mark.parametrize("ties", [1, 3, 200])
+def test_topk_of_a_large_vocabulary_is_topk(ties):
+    """Among equals any may be kept; their number and their probabilities are those of torch.topk."""
+    p = (distributions(6, 5000) * 1e3).round().clamp(min=ties % 2) + 0.01
+    p = p / p.sum(1, keepdim=True)
+    draw = topk(p, ties)
+    values = p.double().topk(ties).values
+    torch.testing.assert_close(draw.probs, values / values.sum(1, keepdim=True), rtol=1e-6, atol=0)
+    torch.testing.assert_close(p.double().gather(1, draw.ids), values, rtol=1e-6, atol=0)
 
 
 def test_names_are_read_back():

@@ -28,6 +28,7 @@ from gemstill.distill.code import IdCode
 from gemstill.distill.estimators import Draw
 from gemstill.distill.packing import bits_of, pack, packed_size, unpack
 
+AT_ONCE = 1 << 13  # rows decoded at once by `check`
 STRIDE = 256  # rows from one line of the index to the next
 TENSORS = {"classes": np.uint8, "places": np.uint8, "own": np.uint8, "weights": np.uint8, "index": np.uint32}
 
@@ -106,11 +107,11 @@ def write_block(folder: Path, info: Form, block: int, parts: Sequence[Rows]) -> 
     assert sum(len(part.counts) for part in parts) == stop - first
     # One key: safetensors writes several in no fixed order.
     label = {"block": block, "first_token": first, "dataset": info.dataset_fingerprint, "version": info.version}
-    content = save(_packed(parts, info.units, code), metadata={"gemstill": json.dumps(label)})
+    content = save(packed(parts, info.units, code), metadata={"gemstill": json.dumps(label)})
     files.write(block_path(folder, block), content)
 
 
-def _packed(parts: Sequence[Rows], units: int, code: IdCode) -> dict[str, NDArray[Any]]:
+def packed(parts: Sequence[Rows], units: int, code: IdCode) -> dict[str, NDArray[Any]]:
     """The tensors of a block."""
     counts, ids, own = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     row = np.repeat(np.arange(len(counts)), counts)
@@ -172,6 +173,11 @@ class Block:
 
     def damaged(self, what: str) -> Error:
         return Error(what, where=self.path, fix="fetch or make this block again")
+
+    def check(self) -> None:
+        """Decode every row. Raises Error as `rows` does."""
+        for start in range(0, self.num_rows, AT_ONCE):
+            self.rows(start, min(start + AT_ONCE, self.num_rows))
 
     def rows(self, start: int, stop: int) -> Rows:
         """Decode rows start..stop of the block. Raises Error when what is there is no row."""

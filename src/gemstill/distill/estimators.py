@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemstill.core.errors import Error
+from gemstill.distill.mass import ROUNDING, Mass, checked
 from gemstill.ops.target import Target
 
 CHUNK = 1 << 21  # probabilities worked on at once, so that they stay near the processor
@@ -100,13 +101,30 @@ class Estimator:
             return sample(probs, u[:, : self.uniforms])
         return topk(probs, int(self.parameter)) if self.name == "topk" else dense(probs)
 
+    def of_logits(self, logits: Tensor, u: Tensor, softcap: float | None = None, temperature: float = 1.0) -> Draw:
+        """The same for logits [N, V], capped and divided by the temperature first; they may be changed in place.
+
+        Reads them twice and writes no probabilities. Raises Error for logits that are not finite.
+        """
+        if self.name == "dense":
+            z = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+            return dense((z / temperature).softmax(1))
+        mass = Mass.of_logits(logits, self._width, softcap, temperature)
+        if self.name == "threshold":
+            return _threshold(mass, self.parameter, u[:, 0])
+        return _topk(mass, int(self.parameter)) if self.name == "topk" else _sample(mass, u[:, : self.uniforms])
+
+    @property
+    def _width(self) -> int:
+        return int(1 / self.parameter) if self.name == "threshold" else int(self.parameter)
+
 
 def dense(probs: Tensor) -> Draw:
     """Everything, exactly: V entries a row; the reference for the others.
 
     probs: [N, V] float32 or float64. Raises Error for rows that are no distributions.
     """
-    total = _checked(probs, probs.sum(1, keepdim=True, dtype=torch.float64))
+    total = checked(probs, probs.sum(1, keepdim=True, dtype=torch.float64))
     count = torch.full((len(probs),), probs.shape[1], device=probs.device)
     ids = torch.arange(probs.shape[1], device=probs.device).expand(probs.shape)
     return Draw(ids, probs.double() / total, count, torch.zeros_like(count))
@@ -117,12 +135,16 @@ def topk(probs: Tensor, k: int) -> Draw:
 
     probs: [N, V] float32 or float64. Raises Error for rows that are no distributions.
     """
-    _checked(probs, probs.sum(1, keepdim=True, dtype=torch.float64))
-    values, ids = probs.topk(min(k, probs.shape[1]), dim=1)
-    wide = values.double()
-    count = (wide > 0).sum(1)
-    ids = torch.where(wide > 0, ids, 0)
-    return Draw(ids, wide / wide.sum(1, keepdim=True), count, torch.zeros_like(count))
+    return _by_chunks(lambda p, _: _topk(Mass.of(p, k), k), probs, probs[:, :0])
+
+
+def _topk(mass: Mass, k: int) -> Draw:
+    # The k-th largest of the blocks' largest is no larger than the k-th largest of all.
+    bound = mass.tops.topk(min(k, mass.tops.shape[1]), dim=1).values[:, -1:].double() / mass.total
+    values, ids = mass.largest(bound * (1 - ROUNDING))
+    values, ids = values[:, :k], ids[:, :k]
+    count = (values > 0).sum(1)
+    return Draw(ids, values / values.sum(1, keepdim=True), count, torch.zeros_like(count))
 
 
 def sample(probs: Tensor, u: Tensor) -> Draw:
@@ -131,26 +153,26 @@ def sample(probs: Tensor, u: Tensor) -> Draw:
     The variance, summed over the vocabulary, is (1 − Σp²) / n. probs: [N, V] float32 or float64;
     u: [N, n] float64, uniform in [0, 1). Raises Error for rows that are no distributions.
     """
+    return _by_chunks(lambda p, u: _sample(Mass.of(p, u.shape[1]), u), probs, u)
 
-    def some(p: Tensor, u: Tensor) -> Draw:
-        n = u.shape[1]
-        ids = _Blocks(p, n).pick(_coarse(u)).sort(dim=1).values
-        first = torch.ones_like(ids, dtype=torch.bool)
-        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        slot = first.cumsum(1) - 1
-        counts = torch.zeros_like(ids).scatter_add_(1, slot, torch.ones_like(ids))
-        distinct = torch.zeros_like(ids).scatter_(1, slot, ids)
-        drawn = first.sum(1)
-        return Draw(distinct, counts.double() / n, torch.zeros_like(drawn), drawn)
 
-    return _by_chunks(some, probs, u)
+def _sample(mass: Mass, u: Tensor) -> Draw:
+    n = u.shape[1]
+    ids = mass.pick(_coarse(u)).sort(dim=1).values
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    slot = first.cumsum(1) - 1
+    counts = torch.zeros_like(ids).scatter_add_(1, slot, torch.ones_like(ids))
+    distinct = torch.zeros_like(ids).scatter_(1, slot, ids)
+    drawn = first.sum(1)
+    return Draw(distinct, counts.double() / n, torch.zeros_like(drawn), drawn)
 
 
 def threshold(probs: Tensor, tau: float, u: Tensor) -> Draw:
     """Thresholded sampling proportional to size, of least variance among unbiased sparsifiers (arXiv 2402.14925).
 
     Every probability ≥ τ is kept exactly. Of the rest, with mass R, k = ⌈R/τ⌉ entries are drawn by
-    systematic sampling in the order of ids, each with weight R/k. An entry with p > R/k would be drawn
+    systematic sampling in a fixed order, each with weight R/k. An entry with p > R/k would be drawn
     twice: it is kept exactly instead, and R and k are taken anew, until none is left. At most 1/τ + 1
     entries; they sum to one; the variance, summed over the vocabulary, is Σ_tail p·(R/k − p).
 
@@ -158,43 +180,34 @@ def threshold(probs: Tensor, tau: float, u: Tensor) -> Draw:
     Raises Error for rows that are no distributions.
     """
 
-    def some(p: Tensor, u: Tensor) -> Draw:
-        blocks = _Blocks(p, int(1 / tau))
-        ids, values, exact, k = _exact_set(blocks, tau)
-        blocks.remove(ids, torch.arange(ids.shape[1], device=p.device) < exact[:, None])
-        i = torch.arange(int(k.max()), device=p.device)
-        drawn = blocks.pick(torch.where(i < k[:, None], (_coarse(u)[:, None] + i) / k[:, None], 0))
-        weight = (1 - values.sum(1)) / k.clamp(min=1)
-
-        slot = torch.arange(int((exact + k).max()), device=p.device)
-        nothing = ids.shape[1] + drawn.shape[1]  # the column of zeros appended below
-        source = torch.where(slot < exact[:, None], slot, ids.shape[1] + slot - exact[:, None])
-        source = torch.where(slot < (exact + k)[:, None], source, nothing)
-        ids = F.pad(torch.cat([ids, drawn], 1), (0, 1))
-        values = F.pad(torch.cat([values, weight[:, None].expand(drawn.shape)], 1), (0, 1))
-        return Draw(ids.gather(1, source), values.gather(1, source), exact, k)
-
-    return _by_chunks(some, probs, u)
+    return _by_chunks(lambda p, u: _threshold(Mass.of(p, int(1 / tau)), tau, u), probs, u)
 
 
-def _exact_set(blocks: _Blocks, tau: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _threshold(mass: Mass, tau: float, u: Tensor) -> Draw:
+    ids, values, exact, k = _exact_set(mass, tau)
+    mass.remove(ids, torch.arange(ids.shape[1], device=ids.device) < exact[:, None])
+    i = torch.arange(int(k.max()), device=ids.device)
+    drawn = mass.pick(torch.where(i < k[:, None], (_coarse(u)[:, None] + i) / k[:, None], 0))
+    weight = (1 - values.sum(1)) / k.clamp(min=1)
+
+    slot = torch.arange(int((exact + k).max()), device=ids.device)
+    nothing = ids.shape[1] + drawn.shape[1]  # the column of zeros appended below
+    source = torch.where(slot < exact[:, None], slot, ids.shape[1] + slot - exact[:, None])
+    source = torch.where(slot < (exact + k)[:, None], source, nothing)
+    ids = F.pad(torch.cat([ids, drawn], 1), (0, 1))
+    values = F.pad(torch.cat([values, weight[:, None].expand(drawn.shape)], 1), (0, 1))
+    return Draw(ids.gather(1, source), values.gather(1, source), exact, k)
+
+
+def _exact_set(mass: Mass, tau: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The entries that `threshold` keeps exactly.
 
     Returns ids [n, M] int64 and probabilities [n, M] float64, largest first, 0 in unused slots; their
     number [n]; and the number k [n] of entries to draw.
     """
-    p, total = blocks.p, blocks.total
     # While k ≥ 2, R/k > τ/2, and the only entry that k = 1 could move has all of R, which drawing it keeps
     # exactly too: so no entry below τ/2 ever moves, and few are looked at.
-    row, column = blocks.above((total * (tau / 2 * (1 - 1e-6))).to(p.dtype))
-    count = torch.bincount(row, minlength=len(p))
-    slot = torch.arange(len(row), device=p.device) - (count.cumsum(0) - count)[row]
-    values = torch.zeros(len(p), int(count.max()) + 1, dtype=torch.float64, device=p.device)
-    ids = torch.zeros(values.shape, dtype=torch.int64, device=p.device)
-    values[row, slot], ids[row, slot] = p[row, column].double(), column
-    values, order = (values / total).sort(dim=1, descending=True, stable=True)
-    ids = ids.gather(1, order)
-
+    values, ids = mass.largest(torch.full_like(mass.total, tau / 2 * (1 - 1e-6)))
     below = F.pad(values.cumsum(1), (1, 0))
     exact = (values >= tau).sum(1)
     while True:
@@ -206,7 +219,7 @@ def _exact_set(blocks: _Blocks, tau: float) -> tuple[Tensor, Tensor, Tensor, Ten
         if torch.equal(more, exact):
             break
         exact = more
-    kept = torch.arange(ids.shape[1], device=p.device) < exact[:, None]
+    kept = torch.arange(ids.shape[1], device=ids.device) < exact[:, None]
     k = k[:, 0].long()
     values = torch.where(kept, values, 0)
     # Where nothing is left to draw, what rounding left over goes to the kept entries.
@@ -214,61 +227,9 @@ def _exact_set(blocks: _Blocks, tau: float) -> tuple[Tensor, Tensor, Tensor, Ten
     return torch.where(kept, ids, 0), values, exact, k
 
 
-class _Blocks:
-    """p [n, V] as blocks of a few entries, so that most steps look at the blocks' sums and few at entries."""
-
-    def __init__(self, p: Tensor, width: int) -> None:
-        # Sums cost V / size, looking inside costs width · size: a power of two near the best of both.
-        self.size = 1 << max(3, (p.shape[1] // (4 * width)).bit_length() // 2)
-        self.p = F.pad(p, (0, -p.shape[1] % self.size)).contiguous()
-        self.view = self.p.view(len(p), -1, self.size)
-        # float64: in float32 the sums of a large vocabulary would miss its smallest entries.
-        self.sums = self.view.sum(2, dtype=torch.float64)
-        self.total = _checked(self.view, self.sums.sum(1, keepdim=True))
-
-    def above(self, bound: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and column of every entry of at least bound [n, 1], in order of rows."""
-        row, block = (self.view.amax(2) >= bound).nonzero(as_tuple=True)
-        inside = self.view[row, block]
-        which, offset = (inside >= bound[row]).nonzero(as_tuple=True)
-        return row[which], block[which] * self.size + offset
-
-    def remove(self, ids: Tensor, kept: Tensor) -> None:
-        """Take the entries ids [n, M] where kept [n, M] out of p, of which a copy is made."""
-        row, slot = kept.nonzero(as_tuple=True)
-        column = ids[row, slot]
-        self.p = self.p.clone()
-        self.p[row, column] = 0
-        self.view = self.p.view(self.view.shape)
-        block = column // self.size
-        self.sums[row, block] = self.view[row, block].sum(1, dtype=torch.float64)
-
-    def pick(self, share: Tensor) -> Tensor:
-        """The id where the cumulative sum of p passes each share [n, K] in [0, 1) of its total; [n, K] int64.
-
-        Never an id of probability 0, unless all are.
-        """
-        sums = self.sums.cumsum(1)
-        t = share * sums[:, -1:]
-        block = torch.searchsorted(sums, t, right=True).clamp_(max=sums.shape[1] - 1)
-        t = t - F.pad(sums, (1, 0)).gather(1, block)
-        inside = self.view[torch.arange(len(t), device=t.device)[:, None], block].double().cumsum(2)
-        last = (inside < inside[..., -1:]).sum(2)  # of the block's entries above 0; rounding may push t past it
-        return block * self.size + torch.minimum((inside <= t[..., None]).sum(2), last)
-
-
 def _coarse(u: Tensor) -> Tensor:
     """u in steps of 2⁻³², so that (u + i) / k with i < k stays below 1 in float64."""
     return (u * 2.0**32).floor() * 2.0**-32
-
-
-def _checked(probs: Tensor, total: Tensor) -> Tensor:
-    """`total`, the sum of each row, [N, 1] float64. Raises Error unless all rows are distributions up to rounding."""
-    if not bool(torch.isfinite(total).all()):
-        raise Error("probabilities are not finite", where="estimator", fix="look at the teacher's weights")
-    if len(probs) and (float(probs.min()) < 0 or float((total - 1).abs().max()) > 1e-3):
-        raise Error("rows are no distributions (negative, or sum is not 1)", where="estimator", fix="pass a softmax")
-    return total
 
 
 def _by_chunks(some: Callable[[Tensor, Tensor], Draw], probs: Tensor, u: Tensor) -> Draw:

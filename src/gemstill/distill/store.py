@@ -38,7 +38,6 @@ FORMAT = "gemstill-probability-store"
 VERSION = 2
 INDEX = "store.json"
 MOST_ROWS = 1 << 19  # of a block: the bits of their places are counted in 32 bits
-VERIFIED = 1 << 13  # rows decoded at once by `verify`
 OPEN_BLOCKS = 64  # each holds one open file
 
 
@@ -258,9 +257,7 @@ class Store:
             if files.sha256(path) != digest:
                 raise Error("is damaged (its SHA-256 is another)", where=path, fix="fetch or make this block again")
         for number in range(self.info.num_blocks):
-            block = Block(self.folder, self.info, self.code, number)
-            for start in range(0, block.num_rows, VERIFIED):
-                block.rows(start, min(start + VERIFIED, block.num_rows))
+            Block(self.folder, self.info, self.code, number).check()
 
     def check_alignment(self, dataset: Shards, rows: int = 16_384) -> list[float]:
         """The mean probability the store gives to the token before, at and after the one each row is about.

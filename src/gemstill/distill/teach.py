@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -20,15 +22,17 @@ from gemstill.data.rows import entries_used
 from gemstill.distill import code
 from gemstill.distill.block import Rows, block_path, encode, write_block
 from gemstill.distill.card import store_card
+from gemstill.distill.claims import Claims
 from gemstill.distill.estimators import Draw, Estimator
 from gemstill.distill.store import INDEX, Shards, Store, StoreInfo, write_index
-from gemstill.distill.teachers import SERVERS, ModelTeacher, Teacher, as_teacher, open_teacher, probabilities, tempered
+from gemstill.distill.teachers import SERVERS, ModelTeacher, Teacher, as_teacher, open_teacher, tempered
 from gemstill.ops.target import OnlineTarget, Target
 from gemstill.text.tokenizer import Tokenizer
 
 # Held at once: so many logits, but no fewer rows than make reading a large head worth while. Fixed, since the
 # shapes of products decide their last bits.
 LOGITS, ROWS = 1 << 22, 128
+PAUSE = 0.2  # seconds between two looks at what others are doing
 BITS_AN_ENTRY = 14  # with its weight, if it has one, and its share of what a row takes; measured in docs/distill.md
 
 
@@ -74,7 +78,7 @@ def run(config: TeachConfig) -> Store:
 
     Raises:
         Error: a folder that cannot be read or written, a teacher and a data set of different tokenizers, a
-            store begun with other settings (they are named), another process at work, a teacher that gives NaN.
+            store begun with other settings (they are named), a teacher that gives NaN.
     """
     teacher, dataset, info = _open(config)
     return teach_model(teacher, dataset, config.output, info)
@@ -189,25 +193,51 @@ def teach_model(model: nn.Module | Teacher, dataset: Corpus, folder: str | Path,
     """Teach all blocks that `folder` does not hold yet, finish the store and open it.
 
     model: a teacher, or a network called as model(tokens, documents=…, readout=…) like gemstill's Transformer.
-    info: from `describe`. Bytes do not depend on what was there before or on the order of blocks.
+    info: from `describe`. Any number of processes may teach into one folder at once, each the blocks that no other
+    has begun. Bytes do not depend on that, on what was there before, or on the order of blocks.
 
     Raises:
         Error: as `run`.
     """
     folder = Path(folder)
-    with files.locked(folder):
-        record = begin(folder, info, dataset)
-        if record.get("complete"):
-            return Store.open(folder, dataset)
-        missing = [block for block in range(info.num_blocks) if not block_path(folder, block).exists()]
-        todo = sum(stop - first for first, stop in map(info.span, missing))
-        with Progress(info.num_tokens, "tokens", "teach", done=info.num_tokens - todo) as progress:
+    with Claims(folder) as claims:
+        with claims.store():
+            record = begin(folder, info, dataset)
+        if not record.get("complete"):
+            _teach_missing(model, dataset, folder, info, claims)
+            with claims.store():
+                finish(folder, info)
+    return Store.open(folder, dataset)
+
+
+def _teach_missing(model: nn.Module | Teacher, dataset: Corpus, folder: Path, info: StoreInfo, claims: Claims) -> None:
+    """Teach, beside other processes, until all blocks are there: those of a process that died are taken over."""
+    missing = missing_blocks(folder, info)
+    todo = sum(stop - first for first, stop in map(info.span, missing))
+    with Progress(info.num_tokens, "tokens", "teach", done=info.num_tokens - todo) as progress:
+        while missing:
+            waiting = True
             for block in missing:
-                teach_block(model, dataset, folder, info, block, progress)
+                with claims.block(block) as mine:
+                    if mine and not block_path(folder, block).exists():
+                        teach_block(model, dataset, folder, info, block, progress)
+                        waiting = False
+            missing = missing_blocks(folder, info)
+            if missing and waiting:
+                time.sleep(PAUSE)
+
+
+def missing_blocks(folder: Path, info: StoreInfo) -> list[int]:
+    """The blocks that are not there yet."""
+    return [block for block in range(info.num_blocks) if not block_path(folder, block).exists()]
+
+
+def finish(folder: Path, info: StoreInfo) -> None:
+    """Write the card and the index of a store whose blocks are all there, unless another process has."""
+    if not files.read_json(folder / INDEX).get("complete"):
         digests = [files.sha256(block_path(folder, block)) for block in range(info.num_blocks)]
         files.write(folder / "README.md", store_card(info))
         write_index(folder, info, digests)  # last: with it the store is there
-    return Store.open(folder, dataset)
 
 
 def begin(folder: Path, info: StoreInfo, dataset: Corpus) -> dict[str, Any]:
@@ -299,9 +329,9 @@ def _estimated(target: Target | OnlineTarget, real: Tensor, info: StoreInfo, u: 
     parts = []
     size = max(ROWS, LOGITS // len(head))
     for x, drawn in zip(torch.split(hidden, size), torch.split(u, size), strict=True):
-        probs = probabilities(target._replace(hidden=x, head=head), info.temperature)
-        drawn = drawn.to(probs.device)
-        parts.append(encode(estimator(probs, drawn), info, drawn[:, -1]))
+        drawn = drawn.to(x.device)
+        draw = estimator.of_logits(F.linear(x, head), drawn, target.softcap, target.temperature * info.temperature)
+        parts.append(encode(draw, info, drawn[:, -1]))
     return parts
 
 

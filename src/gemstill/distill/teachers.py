@@ -162,13 +162,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def probabilities(target: OnlineTarget, temperature: float = 1.0) -> Tensor:
-    """The distributions of an online target's rows [N, V], float32, its logits divided by `temperature` besides."""
-    z = nn.functional.linear(target.hidden, target.head.to(target.hidden.dtype)).float()
-    z = z if target.softcap is None else target.softcap * torch.tanh(z / target.softcap)
-    return (z / (target.temperature * temperature)).softmax(1)
-
-
 def tempered(target: Target, temperature: float) -> Target:
     """A sparse target's entries at another temperature, summing to one in each row: what `topk` is at it.
 

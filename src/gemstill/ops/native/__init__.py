@@ -1,4 +1,4 @@
-"""The native kernels: one C++ file, compiled for this processor at first use, and the gate to them.
+"""The native kernels: a few C++ files, compiled for this processor at first use, and the gate to them.
 
 Without a compiler everything runs in plain PyTorch operations, slower. The environment variable
 GEMSTILL_KERNELS forces either way: `native` (an Error where they cannot be built) or `torch`.
@@ -24,7 +24,8 @@ from gemstill.core.errors import Error
 from gemstill.core.machine import cpu_name
 
 CHOICE = "GEMSTILL_KERNELS"
-SOURCE = Path(__file__).parent / "elementwise.cpp"
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 # No flag here lets the compiler reorder sums or drop NaN: results are the same at every optimization.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
@@ -87,7 +88,8 @@ def _choice() -> str:
 @functools.cache
 def _library() -> Path:
     """Where the compiled kernels belong: one library for each source, flags, processor and PyTorch."""
-    key = [SOURCE.read_text(encoding="utf-8"), " ".join(_flags()), cpu_name(), str(torch.__version__)]
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
+    key = [*texts, " ".join(_flags()), cpu_name(), str(torch.__version__)]
     name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemstill" / f"kernels-{name}.so"
 
@@ -111,7 +113,7 @@ def _build(library: Path) -> None:
 
 def _compile(compiler: str, to: Path) -> None:
     root = Path(torch.__file__).parent
-    command = [compiler, *_flags(), f"-I{root / 'include'}", str(SOURCE), "-o", str(to)]
+    command = [compiler, *_flags(), f"-I{root / 'include'}", *map(str, SOURCES), "-o", str(to)]
     if sys.platform == "darwin":
         command += ["-undefined", "dynamic_lookup"]
     else:
