@@ -1,9 +1,5 @@
 """`teach`: the right distribution at the right row, the same bytes whatever happened on the way, refusals by name."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,61 +113,6 @@ def test_bytes_depend_on_teacher_block_and_seed_alone(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.*") if path.name != ".lock"}
     teach_model(model, stream, tmp_path / "a", info)  # finished: nothing is written again
     assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
-CRASH = """
-    import os, signal, sys
-    from pathlib import Path
-    sys.path.insert(0, {here!r})
-    import torch
-    torch.set_num_threads(1)
-    from test_teach import Stream, contents, settings, tiny
-    from gemstill.distill.teach import describe, teach_model
-
-    def teach(folder, crash_after=None):
-        "In a child; SIGKILL right after call number crash_after of those that make writes lasting."
-        pid = os.fork()
-        if pid:
-            return os.waitpid(pid, 0)[1]
-        calls = 0
-        def wrap(real):
-            def call(*args, **kwargs):
-                nonlocal calls
-                result = real(*args, **kwargs)
-                calls += 1
-                if calls == crash_after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
-            return call
-        for name in ("replace", "rename", "fsync"):
-            setattr(os, name, wrap(getattr(os, name)))
-        sys.stderr = open(os.devnull, "w")
-        model, stream = tiny(), Stream()
-        teach_model(model, stream, folder, describe(model, stream, **settings(block_tokens=224)))
-        os._exit(0)
-
-    root = Path(sys.argv[1])
-    assert teach(root / "whole") == 0
-    number = 0
-    while True:
-        number += 1
-        folder = root / str(number)
-        if teach(folder, number) == 0:
-            break
-        assert teach(folder) == 0, number
-        assert contents(folder) == contents(root / "whole"), number
-    print(number - 1)
-"""
-
-
-def test_killed_after_any_write_it_goes_on_to_the_same_bytes(tmp_path):
-    script = textwrap.dedent(CRASH).format(here=str(Path(__file__).parent))
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) >= 3 * 5  # fsync, replace, fsync for the index twice, two blocks and the card
 
 
 def test_a_teacher_that_gives_nan_is_named_with_its_block_and_nothing_is_written(tmp_path):

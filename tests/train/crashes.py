@@ -5,8 +5,6 @@ Usage: crashes.py CORPUS FOLDER save|all|random COUNT. Prints how many runs were
 
 from __future__ import annotations
 
-import builtins
-import io
 import json
 import os
 import random
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # Imported here once, so that no child has to: it is their time that a child takes.
 import torch
@@ -27,68 +26,12 @@ from torch.distributed.checkpoint import FileSystemReader, load
 import gemstill.checkpoint.huggingface
 import gemstill.data.loader
 import gemstill.distill.store  # noqa: F401
+from crash import Crash
 from gemstill.train.metrics import TIMES, read
 from gemstill.train.run import train
 
 STEPS = 5
 CHANGES: dict[str, Any] = {"steps": STEPS, "save_every": 2, "evaluate_every": 4, "windows_per_step": 2, "keep_last": 1}
-
-
-class Crash:
-    """Counts every operation that changes the disk; the `at`-th one is cut short, and the process is gone."""
-
-    def __init__(self, at: int | None, log: Path | None = None) -> None:
-        self.at, self.count, self.log = at, 0, log
-        for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "ftruncate"):
-            setattr(os, name, self.wrap(name, getattr(os, name)))
-        opened = io.open
-
-        def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            handle = opened(file, mode, *args, **kwargs)
-            if isinstance(file, int) or not set("wax+") & set(mode) or "b" not in mode:
-                return handle
-            return Torn(handle, self, str(file))
-
-        io.open = builtins.open = open_  # type: ignore[assignment]
-
-    def due(self, what: str) -> bool:
-        self.count += 1
-        if self.log:
-            with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w") as handle:
-                handle.write(what + "\n")
-        return self.count == self.at
-
-    def wrap(self, name: str, function: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if self.due(f"{name} {args[0]}"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-
-class Torn:
-    """A file whose fatal write leaves half of its bytes behind."""
-
-    def __init__(self, handle: Any, crash: Crash, name: str) -> None:
-        self.handle, self.crash, self.name = handle, crash, name
-
-    def write(self, data: Any) -> Any:
-        if self.crash.due(f"write {self.name}"):
-            view = memoryview(data).cast("B")
-            self.handle.write(view[: len(view) // 2])
-            self.handle.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.handle.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.handle, name)
-
-    def __enter__(self) -> Torn:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.close()
 
 
 def in_child(corpus: Path, run: Path, *, at: int | None = None, log: Path | None = None, after: float = 0.0) -> bool:
