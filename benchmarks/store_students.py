@@ -45,7 +45,7 @@ from gemstill.train.config import DataChoice, ModelChoice, OptimizerConfig, Sche
 from gemstill.train.optimizer import Optimizer
 from gemstill.train.run import train
 
-VOCAB, WINDOW, WINDOWS, STEPS, SEEDS = 16_384, 256, 4, 192, 5
+VOCAB, WINDOW, WINDOWS, STEPS, SEEDS = 16_384, 256, 4, 128, 5
 TEACHER, TEACHER_TOKENS, HELDOUT_WINDOWS, BYTES, BAR = "mini-1m", 256 * 1024, 64, 16.0, 1.01
 STUDENT = ModelConfig(VOCAB, 64, 192, 2, 2, 1, 32, query_pre_attn_scalar=32, sliding_window=128)
 MUON = OptimizerConfig(name="muon", learning_rate=0.03, embedding_rate=0.06, momentum=0.75)

@@ -114,7 +114,7 @@ def disk_full(root: Path) -> int:
 
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         with pytest.raises(Error, match=r"block-000000.*cannot be written"):
             teach(root / "store", 416)
 
