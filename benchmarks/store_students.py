@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 import sysconfig
 from collections.abc import Callable
@@ -71,9 +72,14 @@ def prepare(run: Path, text: Path, pattern: str) -> tuple[TokenDataset, TokenDat
     if not (run / "tokenizer" / "tokenizer.json").exists():
         train_tokenizer((document.text for document in read_source(source)), run / "tokenizer", VOCAB)
     tokenizer = Tokenizer.open(run / "tokenizer")
-    for name, fraction in (("data", 1.0), ("data-students", 0.07)):
-        if not (run / name / "train" / "index.json").exists():
-            write_dataset(source, tokenizer, run / name, heldout_fraction=0.05, fraction=fraction)
+    if not (run / "data" / "train" / "index.json").exists():
+        write_dataset(source, tokenizer, run / "data", heldout_fraction=0.05)
+    students, fraction = run / "data-students" / "train", 0.02
+    while not (students / "index.json").exists() or TokenDataset.open(students).num_tokens < STEPS * WINDOWS * WINDOW:
+        # Books differ in size, and are taken by their hashes: no more of them than the students see once.
+        fraction *= 2
+        shutil.rmtree(students.parent, ignore_errors=True)
+        write_dataset(source, tokenizer, students.parent, heldout_fraction=0.05, fraction=fraction)
     if not (run / "teacher" / "model" / "config.json").exists():
         train(
             TrainConfig(
@@ -86,7 +92,7 @@ def prepare(run: Path, text: Path, pattern: str) -> tuple[TokenDataset, TokenDat
     model, _ = load(run / "teacher" / "model", dtype=torch.float32)
     model.compute_dtype = fast_dtype()
     heldout = TokenDataset.open(run / "data" / "heldout")
-    return TokenDataset.open(run / "data-students" / "train"), heldout, model
+    return TokenDataset.open(students), heldout, model
 
 
 def hidden_states(run: Path, teacher: Transformer, data: TokenDataset) -> torch.Tensor:
