@@ -65,8 +65,8 @@ def dense(store: Store) -> torch.Tensor:
 def test_gemma_3_270m_gives_the_same_rows_through_either_loader(published: Path, tmp_path: Path) -> None:
     model, tokenizer = load_gguf(published, dtype=torch.float32)
     model.compute_dtype = torch.float32
-    data = Prose(tokenizer, 4 * WINDOW)
-    settings = {"window": WINDOW, "block_tokens": 2 * WINDOW, "batch": 2}
+    data = Prose(tokenizer, 2 * WINDOW)
+    settings = {"window": WINDOW, "block_tokens": WINDOW, "batch": 1}
     infos = {name: describe(model, data, estimator=name, **settings) for name in ("topk(20)", "threshold(0.05)")}
     ours = [teach_model(model, data, tmp_path / f"ours {name}", info) for name, info in infos.items()]
     del model
@@ -87,19 +87,19 @@ def test_smollm2_135m_teaches_and_learns(smollm2: Path, tmp_path: Path) -> None:
     """Its store says what it says; it distils itself to no loss but the store's; what is written, others open."""
     model, tokenizer = load_foreign(smollm2, dtype=torch.float32)
     (tmp_path / "text").mkdir()
-    for name in CHAPTERS[:4]:
-        (tmp_path / "text" / f"{name}.txt").write_text(topics[name])
+    for name in CHAPTERS[1:4]:
+        (tmp_path / "text" / f"{name}.txt").write_text(topics[name][:4000])
     tokenizer.save(tmp_path / "tokenizer")
     write_dataset(tmp_path / "text", tokenizer, tmp_path / "data", heldout_fraction=0.0, workers=1)
     dataset = TokenDataset.open(tmp_path / "data" / "train")
     config = TeachConfig(
-        str(smollm2), tmp_path / "data" / "train", tmp_path / "store", window=WINDOW, block_tokens=8 * WINDOW,
+        str(smollm2), tmp_path / "data" / "train", tmp_path / "store", window=WINDOW, block_tokens=4 * WINDOW, batch=4,
         precision="float32",
     )  # fmt: skip
     store = run(config)
     hit = store.check_alignment(dataset)
     print(f"probability of the token before, at and after: {hit}")
-    assert hit[1] > 0.3
+    assert hit[1] > 5 * max(hit[0], hit[2])
     tokens = torch.from_numpy(dataset.read(0, WINDOW))[None]
     documents = torch.from_numpy(dataset.document_at(np.arange(WINDOW)))[None]
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_smollm2_135m_teaches_and_learns(smollm2: Path, tmp_path: Path) -> None:
 
     rates = OptimizerConfig(name="adamw", learning_rate=1e-5, embedding_rate=1e-5, weight_decay=0.0)
     recipe = TrainConfig(
-        run=str(tmp_path / "run"), steps=4, windows_per_step=4, micro_windows=2, save_minutes=0, optimizer=rates,
+        run=str(tmp_path / "run"), steps=3, windows_per_step=2, micro_windows=2, save_minutes=0, optimizer=rates,
         precision="float32", model=ModelChoice(start=str(smollm2)), teacher=TeacherChoice(str(smollm2)),
         data=DataChoice([SourceConfig(str(tmp_path / "data"))], str(tmp_path / "tokenizer"), window=WINDOW),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,7 +229,8 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file's blocks asks nobody
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
