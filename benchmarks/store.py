@@ -71,13 +71,12 @@ class Tally:
         self.missing: list[Tensor] = []
         self.mass = torch.zeros(len(EDGES), dtype=torch.float64)
 
-    def add(self, raw: Tensor, p: Tensor, softcap: float | None) -> None:
-        """Estimate rows of logits `raw`, whose distributions are p."""
+    def add(self, raw: Tensor, p: Tensor, square: Tensor, softcap: float | None) -> None:
+        """Estimate rows of logits `raw`, whose distributions are p and Σp² is `square`."""
         u = torch.rand(len(p), self.estimator.uniforms + 1, dtype=torch.float64)
         rows = encode(self.estimator.of_logits(raw.clone(), u, softcap), self.info, u[:, -1])
         ids, q = (torch.from_numpy(part) for part in decode([rows], self.info.units))
         there = p.gather(1, ids) * (q > 0)
-        square = p.double().square().sum(1)
         self.noise.append((q.double() - there.double()).square().sum(1) + square - there.double().square().sum(1))
         self.missing.append(1 - there.sum(1))
         self.mass += _by_size(there, q)
@@ -118,8 +117,9 @@ def measure(model: Transformer, stream: Stream, known: np.ndarray[Any, Any]) -> 
             p = z.softmax(1)
             entropy.append(-(p * p.clamp(min=1e-30).log()).sum(1))
             mass += _by_size(p, p)
+            square = p.double().square().sum(1)
             for tally in tallies:
-                tally.add(raw, p, cap)
+                tally.add(raw, p, square, cap)
     order = torch.cat(entropy).argsort()
     return [_figures(tally, known, order, mass) for tally in tallies]
 
