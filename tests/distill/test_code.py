@@ -79,6 +79,14 @@ def test_what_is_written_is_read_and_the_bytes_are_the_same(tmp_path):
     assert IdCode.of(zipf(300, 5000), 8).to_bytes() == code.to_bytes()
 
 
+@pytest.mark.parametrize("entries", [1.0, 51.0, 255.0])
+def test_a_code_for_few_or_many_entries_is_read_back(tmp_path, entries):
+    """Many entries make many classes worth while: 66 of them for threshold(0.012) at Gemma's vocabulary."""
+    code = IdCode.of(zipf(262_144, 300_000), entries)
+    write(tmp_path, code)
+    assert np.array_equal(IdCode.read(tmp_path, 262_144).widths, code.widths)
+
+
 @pytest.mark.parametrize("bad", ["gone", "short", "twice", "outside", "few", "none"])
 def test_a_broken_code_is_named(tmp_path, bad):
     code = IdCode.of(zipf(300, 5000), 8)

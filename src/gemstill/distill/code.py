@@ -30,6 +30,7 @@ FILE = "code.safetensors"
 TOKENS = 1 << 24  # counted at most, from all over the data set
 PIECES = 256
 STEPS = 8  # places a power of two where a class may begin
+MOST_CLASSES = 1024  # more than any number of entries makes worth while
 
 
 class Text(Protocol):
@@ -89,7 +90,7 @@ class IdCode:
             raise Error(f"cannot be read ({error})", where=path, fix="fetch or make the store again") from error
         sound = order.dtype == np.uint32 and widths.dtype == np.uint8 and order.ndim == widths.ndim == 1
         sound = sound and len(np.unique(order)) == len(order) and int(order.max(initial=0)) < vocab_size
-        sound = sound and 0 < len(widths) <= 64 and int(widths.max()) <= 24
+        sound = sound and 0 < len(widths) <= MOST_CLASSES and int(widths.max()) <= 24
         code = IdCode(vocab_size, order, widths)
         if not sound or int(code.first[-1]) + (1 << int(widths[-1])) < vocab_size:
             raise Error(f"is no code of {vocab_size} ids", where=path, fix="fetch or make the store again")
