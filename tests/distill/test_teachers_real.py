@@ -106,7 +106,7 @@ def test_smollm2_135m_teaches_and_learns(smollm2: Path, tmp_path: Path) -> None:
         known = model(tokens, documents=documents)[0].softmax(-1)
     kept = dense(store)[:WINDOW]
     heavy = known > 0.05
-    assert float((kept[heavy] - known[heavy]).abs().max()) < 0.02
+    assert float((kept[heavy] - known[heavy]).abs().max()) < 1.01 / store.info.units  # rounded at random
     entropy = float(-(known * known.log()).sum(1).mean())
     del model, known
 
