@@ -86,14 +86,11 @@ def test_what_does_not_pay_is_said_first() -> None:
     assert in_words(summary())[0] == "Distillation paid in every comparison that is done."
     unsure = summary(main=[row("small", 5.0, 4.5, "lower"), row("large", 4.8, 4.79, "undecided")])
     assert in_words(unsure)[0] == "Where distillation does not pay: at equal tokens it is not shown to pay for: large."
-    more = {
-        "size": "large",
-        "rows": [],
-        "distilled_mean": 4.4,
-        "times_to_meet": None,
-        "same_flops": {"heldout_nll": 3.2},
-    }
-    assert "end at 3.200 nats, distilled at 4.400" in in_words(summary(more_tokens=more))[0]
+    rows = [{"flops": 1.0, "heldout_nll": 4.8}, {"flops": 6.0, "heldout_nll": 3.2}, {"flops": 99.0, "heldout_nll": 3.0}]
+    more = {"size": "large", "rows": rows, "distilled_mean": 4.4, "all_in_all_flops": 10.0, "times_to_meet": 3.0}
+    assert "it ends at 3.200 nats for 6.0e+00 FLOP, distilled at 4.400" in in_words(summary(more_tokens=more))[0]
+    beaten = more | {"all_in_all_flops": 5.0}
+    assert in_words(summary(more_tokens=beaten))[0] == "Distillation paid in every comparison that is done."
     long = {"size": "small", "tokens": 10, "tokens_per_parameter": 20.0, "seeds": 1, "difference": 0.1,
             "scratch_mean": 3.0, "distilled_mean": 3.1}  # fmt: skip
     assert "at 20 tokens a parameter the distilled student is no better" in in_words(summary(long=long))[0]

@@ -55,12 +55,16 @@ class Training:
 
 
 def jobs(config: LadderConfig, sizes: Sizes) -> list[Job]:
-    """Everything after tokenizer and data, the main comparison first."""
+    """Everything after tokenizer and data: the comparison, then the other rows, the cheapest first.
+
+    Cut off at any time, as much as can be is there to be compared.
+    """
+    rows = [*_baselines(config, sizes), *_ablations(config, sizes)]
+    rows.sort(key=lambda row: sum(job.flops for job in row))
     return [
         *_teaching(config, sizes, "teacher", config.teacher, "store"),
         *(_training(config, sizes, training) for training in _students(config)),
-        *(_training(config, sizes, training) for training in _baselines(config, sizes)),
-        *_ablations(config, sizes),
+        *(job for row in rows for job in row),
     ]
 
 
@@ -68,32 +72,35 @@ def _students(config: LadderConfig) -> Iterator[Training]:
     """The sweep, then the comparison seed by seed: cut off early, it has fewer seeds of every size."""
     for kind in KINDS:
         for factor in config.rate_factors:
-            store = "store" if kind == "distilled" else ""
             name = sweep_name(kind, factor)
-            yield Training(name, config.middle.model, config.tokens, SWEEP_SEED, store, factor=factor)
+            yield Training(name, config.middle.model, config.tokens, SWEEP_SEED, _store_of(kind), factor=factor)
     for seed in range(config.seeds):
         for student in config.students:
             for kind in KINDS:
-                store = "store" if kind == "distilled" else ""
-                yield Training(student_name(student, kind, seed), student.model, config.tokens, seed, store)
+                name = student_name(student, kind, seed)
+                yield Training(name, student.model, config.tokens, seed, _store_of(kind))
 
 
-def _baselines(config: LadderConfig, sizes: Sizes) -> Iterator[Training]:
+def _baselines(config: LadderConfig, sizes: Sizes) -> Iterator[list[Job]]:
     asked, middle, small = config.baselines, config.middle, config.smallest
     if asked.teacher_shape:
-        yield Training("baselines/teacher-shape", config.teacher.model, config.tokens)
+        training = Training("baselines/teacher-shape", config.teacher.model, config.tokens)
+        yield [_training(config, sizes, training)]
     for times in asked.times_tokens:
         name = longer_name(middle, times)
-        yield Training(name, middle.model, round(times * config.tokens), everything=True)
+        training = Training(name, middle.model, round(times * config.tokens), everything=True)
+        yield [_training(config, sizes, training)]
     if asked.same_flops:
-        yield Training("baselines/same-flops", middle.model, same_flops_tokens(config, sizes), everything=True)
+        tokens = same_flops_tokens(config, sizes)
+        yield [_training(config, sizes, Training("baselines/same-flops", middle.model, tokens, everything=True))]
     for seed in range(asked.long_seeds if config.long_tokens else 0):
-        for kind in KINDS:
-            store = "store" if kind == "distilled" else ""
-            yield Training(f"baselines/long-{kind}-{seed}", small.model, config.long_tokens, seed, store)
+        pair = (
+            Training(long_name(kind, seed), small.model, config.long_tokens, seed, _store_of(kind)) for kind in KINDS
+        )
+        yield [_training(config, sizes, training) for training in pair]
 
 
-def _ablations(config: LadderConfig, sizes: Sizes) -> Iterator[Job]:
+def _ablations(config: LadderConfig, sizes: Sizes) -> Iterator[list[Job]]:
     asked = config.ablations
     if not asked.seeds:
         return
@@ -105,14 +112,18 @@ def _ablations(config: LadderConfig, sizes: Sizes) -> Iterator[Job]:
             yield _training(config, sizes, training)
 
     for hard in asked.hard:
-        yield from students(hard_name(hard), "store", hard)
+        yield [*students(hard_name(hard), "store", hard)]
     for temperature in asked.temperatures:
         name = temperature_name(temperature)
-        yield _store(config, sizes, "teacher", config.teacher.model, f"stores/{name}", temperature)
-        yield from students(name, f"stores/{name}")
+        store = _store(config, sizes, "teacher", config.teacher.model, f"stores/{name}", temperature)
+        yield [store, *students(name, f"stores/{name}")]
     for name, teacher in asked.teachers.items():
-        yield from _teaching(config, sizes, f"teachers/{name}", teacher, f"stores/{name}")
-        yield from students(name, f"stores/{name}")
+        made = _teaching(config, sizes, f"teachers/{name}", teacher, f"stores/{name}")
+        yield [*made, *students(name, f"stores/{name}")]
+
+
+def _store_of(kind: str) -> str:
+    return "store" if kind == "distilled" else ""
 
 
 def student_name(student: StudentConfig, kind: str, seed: int) -> str:
@@ -128,6 +139,11 @@ def sweep_name(kind: str, factor: float) -> str:
 def longer_name(student: StudentConfig, times: float) -> str:
     """The step of a student from scratch with `times` the tokens."""
     return f"baselines/{student.name}-x{times:g}"
+
+
+def long_name(kind: str, seed: int) -> str:
+    """The step of one model of the pair with many tokens a parameter."""
+    return f"baselines/long-{kind}-{seed}"
 
 
 def hard_name(hard: HardConfig) -> str:

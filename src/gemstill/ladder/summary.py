@@ -13,6 +13,7 @@ from gemstill.ladder.jobs import (
     Sizes,
     hard_name,
     jobs,
+    long_name,
     longer_name,
     store_flops,
     student_name,
@@ -185,12 +186,12 @@ def _long(config: LadderConfig, steps: Steps) -> dict[str, Any] | None:
     seeds = [
         seed
         for seed in range(config.baselines.long_seeds)
-        if all(f"baselines/long-{kind}-{seed}" in steps.done for kind in KINDS)
+        if all(long_name(kind, seed) in steps.done for kind in KINDS)
     ]
     if not seeds:
         return None
     shape = config.shape(config.smallest.model)
-    losses = {kind: [_loss(steps, f"baselines/long-{kind}-{seed}") for seed in seeds] for kind in KINDS}
+    losses = {kind: [_loss(steps, long_name(kind, seed)) for seed in seeds] for kind in KINDS}
     return {
         "size": config.smallest.name,
         "tokens": config.long_tokens,

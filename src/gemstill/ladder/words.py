@@ -23,20 +23,28 @@ def _first(summary: dict[str, Any]) -> str:
     against = []
     if unpaid:
         against.append(f"at equal tokens it is not shown to pay for: {', '.join(unpaid)}")
-    more = summary["more_tokens"]
-    if more and more["same_flops"]:
-        alone, taught = more["same_flops"]["heldout_nll"], more["distilled_mean"]
-        if alone <= taught:
-            against.append(
-                f"for one {more['size']} student it does not pay to train a teacher: the same FLOPs on the student "
-                f"from scratch end at {alone:.3f} nats, distilled at {taught:.3f}"
-            )
+    if (more := summary["more_tokens"]) and (better := _cheaper(more)):
+        against.append(
+            f"for one {more['size']} student it does not pay to train a teacher: from scratch it ends at "
+            f"{better['heldout_nll']:.3f} nats for {better['flops']:.1e} FLOP, distilled at "
+            f"{more['distilled_mean']:.3f} for {more['all_in_all_flops']:.1e}, teacher and store counted"
+        )
     long = summary["long"]
     if long and long["difference"] >= 0:
         against.append(f"at {long['tokens_per_parameter']:.0f} tokens a parameter the distilled student is no better")
     if against:
         return "Where distillation does not pay: " + "; ".join(against) + "."
     return "Distillation paid in every comparison that is done."
+
+
+def _cheaper(more: dict[str, Any]) -> dict[str, Any] | None:
+    """The row from scratch with the most FLOPs, but no more than teacher, store and student, that is no worse.
+
+    Rounding up to whole steps may take a row beyond by a step.
+    """
+    within = [row for row in more["rows"] if row["flops"] <= 1.001 * more["all_in_all_flops"]]
+    most: dict[str, Any] = max(within, key=lambda row: row["flops"])
+    return most if most["heldout_nll"] <= more["distilled_mean"] else None
 
 
 def _size(row: dict[str, Any]) -> str:
