@@ -6,6 +6,7 @@ call goes on where it stopped.
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -316,7 +317,7 @@ def _export(config: HealConfig) -> dict[str, Any]:
 def _in_llama_cpp(config: HealConfig) -> dict[str, Any] | None:
     """The distilled model's file in llama.cpp: its perplexity on one held-out window, and ours of the same file."""
     try:
-        import llama_cpp
+        llama_cpp: Any = importlib.import_module("llama_cpp")
     except ImportError:
         note("llama-cpp-python is not installed: the GGUF file was not run there", where=config.run)
         return None
