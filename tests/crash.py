@@ -25,7 +25,8 @@ class Crash:
                 return handle
             return Torn(handle, self, str(file))
 
-        io.open = builtins.open = open_  # type: ignore[assignment]
+        for module in (io, builtins):
+            vars(module)["open"] = open_
 
     def due(self, what: str) -> bool:
         self.count += 1

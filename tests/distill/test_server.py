@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,12 +64,12 @@ def served(model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyP
         yield served
 
 
-def settings(root: Path, place: str, output: Path, **changes: object) -> TeachConfig:
+def settings(root: Path, place: str, output: Path, **changes: Any) -> TeachConfig:
     config = TeachConfig(
         place, root / "data" / "train", output, Estimator("topk", K), window=WINDOW, block_tokens=BLOCK, batch=2,
         precision="float32", tokenizer=str(root / "tokenizer"),
     )  # fmt: skip
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(config, **changes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -107,7 +109,7 @@ def test_each_document_is_asked_for_alone_and_several_at_once(
     with Served(model, tokenizer) as served:
         teacher = open_teacher(served.place, tokenizer.fingerprint, tokenizer=tokenizer, entries=K)
         before = served.completions
-        served.together.__init__(4)  # type: ignore[misc]  # all four documents, or the server waits in vain
+        served.together = threading.Barrier(4)  # all four documents, or the server waits in vain
         target = teacher.distribution(tokens, documents)
         assert served.completions - before == 4
     real = (documents >= 0).flatten()
@@ -182,7 +184,7 @@ def test_the_servers_death_costs_one_block_at_most(
 def test_other_keys_names_and_forms_are_refused(
     root: Path, model: Transformer, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(served: Served, line: str, place: str = "", **changes: object) -> None:
+    def refused(served: Served, line: str, place: str = "", **changes: Any) -> None:
         config = settings(root, place or served.place, tmp_path / "store", **changes)
         with pytest.raises(Error, match=line):
             run(config)

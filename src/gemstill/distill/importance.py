@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,10 +185,7 @@ def channel_importance(net: Prunable, text: Calibration, kept: Sequence[int]) ->
                 before = sums[place]
                 sums[place] = squares if before is None else before + squares
 
-            hooks = [
-                net.watch(block, lambda x, place=place: see(place, x))  # type: ignore[misc]
-                for place, block in enumerate(net.blocks)
-            ]
+            hooks = [net.watch(block, partial(see, place)) for place, block in enumerate(net.blocks)]
             try:
                 mark = torch.zeros_like(real)
                 mark[0, 0] = True

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from gemstill.checkpoint import foreign, sidecars, source
 from gemstill.core import machine
 from gemstill.core.errors import Error
+from gemstill.model.adapter import Adapter
+from gemstill.model.transformer import Transformer
 from gemstill.ops.native import loaded
 from gemstill.ops.target import OnlineTarget, Target
 from gemstill.text.tokenizer import Tokenizer
@@ -134,10 +136,11 @@ def open_teacher(
     loaded()  # native kernels from the first block on, so that a store's bytes do not depend on when they are built
     path = foreign.place_of(place)
     wanted = machine.fast_dtype(str(torch.device(device).type)) if dtype is None else dtype
+    model: Transformer | Adapter
     if foreign.is_foreign(path):
         model, own = foreign.load_foreign(path, dtype=wanted, device=device)
     else:
-        model, own = source.load(path, device=device)  # type: ignore[assignment]
+        model, own = source.load(path, device=device)
     model.compute_dtype = wanted
     if own.fingerprint != tokenizer_fingerprint:
         what = f"the teacher's tokenizer is {own.fingerprint[:16]}, the data set was made with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def run(config: LadderConfig) -> dict[str, Any]:
         for job in todo:
             if job.name not in steps.done:
                 print(progress(steps, todo, job), file=sys.stderr, flush=True)
-                steps.do(job.name, lambda job=job: job.work(steps))  # type: ignore[misc]
+                steps.do(job.name, partial(job.work, steps))
                 files.write_json(folder / "summary.json", summarise(config, sizes, steps))
                 ladder_report(folder)
         summary = summarise(config, sizes, steps)

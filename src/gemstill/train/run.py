@@ -18,6 +18,7 @@ from gemstill.core.config import dump
 from gemstill.core.errors import Error
 from gemstill.core.files import locked, read_json, sha256, write, write_json
 from gemstill.core.notices import note
+from gemstill.model.adapter import Adapter
 from gemstill.model.transformer import Transformer
 from gemstill.ops.native import why_not
 from gemstill.train import student
@@ -290,7 +291,8 @@ def _finish(
     }
     taught = (data.teacher.name, data.teacher.licence) if data.teacher else None
     card = model_card(config, shape, summary, [store.info for store in data.stores], _start(config), taught)
-    student.write(loop.model, weights, data.tokenizer, folder / "model", card)  # type: ignore[arg-type]
+    assert isinstance(loop.model, Transformer | Adapter)
+    student.write(loop.model, weights, data.tokenizer, folder / "model", card)
     write_json(folder / "summary.json", summary)
     return summary
 
