@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gemstill.core.errors import Error
+from gemstill.core.machine import processor_flags
 from gemstill.ops import native
 from gemstill.ops.attention import attention, make_mask
 from gemstill.ops.fused import geglu, joint_linear, rms_norm, rotated_heads
@@ -192,6 +193,16 @@ def test_the_choice_is_the_users(tmp_path):
     assert Error.__name__ in child(**nowhere, GEMSTILL_KERNELS="native")[1]
     assert "is no choice" in child(GEMSTILL_KERNELS="fast")[1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", native.SETS)
+def test_an_instruction_set_can_be_asked_for(name):
+    """It is built and used where the processor has it; elsewhere it is told what is missing."""
+    answer, error = child(GEMSTILL_KERNELS=name)
+    if native.SETS[name][1] <= processor_flags():
+        assert answer == "None", error
+    else:
+        assert "this processor has no" in error
 
 
 def test_an_answer_does_not_wait_for_a_compiler(tmp_path):

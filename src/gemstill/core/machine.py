@@ -70,6 +70,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def processor_flags() -> frozenset[str]:
+    """The instruction sets that the processor has, as Linux names them; empty where the system does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
 @functools.cache
 def probe(*, fresh: bool = False) -> Machine:
     """Measure this machine, in about a second, or read what was measured before.

@@ -1,7 +1,8 @@
 """The native kernels: a few C++ files, compiled for this processor at first use, and the gate to them.
 
 Without a compiler everything runs in plain PyTorch operations, slower. The environment variable
-GEMSTILL_KERNELS forces either way: `native` (an Error where they cannot be built) or `torch`.
+GEMSTILL_KERNELS forces one way: `torch`, or kernels for all that this processor has (`native`), for AVX2 alone
+(`avx2`) or for AVX-512 with VNNI (`avx512`), with an Error where these cannot be built or run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,21 @@ import torch
 from torch import Tensor
 
 from gemstill.core.errors import Error
-from gemstill.core.machine import cpu_name
+from gemstill.core.machine import cpu_name, processor_flags
 
 CHOICE = "GEMSTILL_KERNELS"
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 # No flag here lets the compiler reorder sums or drop NaN: results are the same at every optimization.
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-PROCESSOR = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "AMD64": ["-march=native"]}
-SECONDS = 120  # a build takes about five
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+WIDE = "-mprefer-vector-width=512"
+# Instruction sets that can be asked for: the compiler's flags, and what the processor must have, as Linux names it.
+SETS = {
+    "avx2": (["-march=x86-64-v3"], {"avx2", "fma", "f16c", "bmi2"}),
+    "avx512": (["-march=x86-64-v4", "-mavx512vnni", WIDE], {"avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}),
+}
+SECONDS = 120  # a build takes about ten
 
 
 def kernels(x: Tensor) -> Any | None:
@@ -40,7 +47,7 @@ def kernels(x: Tensor) -> Any | None:
     before is used.
 
     Raises:
-        Error: GEMSTILL_KERNELS is `native` and the kernels cannot be built, or it is no known word.
+        Error: GEMSTILL_KERNELS asks for kernels that cannot be built or run here, or is no known word.
     """
     if x.device.type != "cpu" or x.dtype not in DTYPES or torch.compiler.is_compiling():
         return None
@@ -66,7 +73,7 @@ def why_not() -> str | None:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except (Error, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        if choice == "native":
+        if choice:
             raise Error(f"the native kernels are not to be had: {reason}", where=CHOICE) from error
         return reason
     return None
@@ -75,13 +82,14 @@ def why_not() -> str | None:
 def _at_hand() -> bool:
     """Whether the kernels are loaded or can be without being built, or were asked for by name."""
     known = why_not.cache_info().currsize > 0
-    return (known or _choice() == "native" or _library().exists()) and why_not() is None
+    return (known or _choice() not in ("", "torch") or _library().exists()) and why_not() is None
 
 
 def _choice() -> str:
     choice = os.environ.get(CHOICE, "")
-    if choice not in ("", "native", "torch"):
-        raise Error(f"'{choice}' is no choice", where=CHOICE, fix="set it to native or torch, or leave it unset")
+    if choice not in ("", "torch", "native", *SETS):
+        fix = f"set it to torch, {', '.join(SETS)} or native, or leave it unset"
+        raise Error(f"'{choice}' is no choice", where=CHOICE, fix=fix)
     return choice
 
 
@@ -95,7 +103,16 @@ def _library() -> Path:
 
 
 def _flags() -> list[str]:
-    return FLAGS + PROCESSOR.get(platform.machine(), ["-mcpu=native"])
+    choice = _choice()
+    if choice in SETS:
+        flags, needed = SETS[choice]
+        if missing := needed - processor_flags():
+            raise Error(f"this processor has no {', '.join(sorted(missing))}")
+        return FLAGS + flags
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return [*FLAGS, "-mcpu=native"]
+    # "wide" vectors are only a wish: a processor without them is not given any.
+    return [*FLAGS, "-march=native", *([WIDE] if platform.machine() == "x86_64" else [])]
 
 
 def _build(library: Path) -> None:
@@ -113,15 +130,24 @@ def _build(library: Path) -> None:
 
 def _compile(compiler: str, to: Path) -> None:
     root = Path(torch.__file__).parent
-    command = [compiler, *_flags(), f"-I{root / 'include'}", *map(str, SOURCES), "-o", str(to)]
+    objects = [to.parent / f"{source.stem}.o" for source in SOURCES]
+    common = [compiler, *_flags(), f"-I{root / 'include'}"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        jobs = [[*common, "-c", str(source), "-o", str(at)] for source, at in zip(SOURCES, objects, strict=True)]
+        list(pool.map(_run, jobs))
+    link = [compiler, "-shared", *map(str, objects), "-o", str(to)]
     if sys.platform == "darwin":
-        command += ["-undefined", "dynamic_lookup"]
+        link += ["-undefined", "dynamic_lookup"]
     else:
-        command += [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        link += [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    _run(link)
+
+
+def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise Error(f"{compiler} took more than {SECONDS} s") from error
+        raise Error(f"{command[0]} took more than {SECONDS} s") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
-        raise Error(f"{compiler} refuses: {lines[0]}")
+        raise Error(f"{command[0]} refuses: {lines[0]}")
