@@ -34,10 +34,10 @@ from gemstill.train.run import train
 WINDOW, WINDOWS, VOCAB = 256, 4, 4096
 SKIPPED = ["test", "tests", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages"]
 TUNED = {  # the best of some twenty runs: rates, and the first moment's memory, which so few steps want short
-    "adamw": OptimizerConfig(name="adamw", learning_rate=0.006, embedding_rate=0.03, betas=[0.7, 0.95]),
-    "muon": OptimizerConfig(name="muon", learning_rate=0.03, embedding_rate=0.06, momentum=0.75),
+    "adamw": OptimizerConfig(name="adamw", learning_rate=0.006, embedding_rate=0.03, betas=[0.5, 0.99]),
+    "muon": OptimizerConfig(name="muon", learning_rate=0.03, embedding_rate=0.06, betas=[0.7, 0.99], momentum=0.75),
 }
-SWEEP = [(rate, embedding, beta) for rate in (0.003, 0.006) for embedding in (0.03, 0.06) for beta in (0.7, 0.8, 0.9)]
+SWEEP = [(rate, embedding, beta) for rate in (0.003, 0.006) for embedding in (0.03, 0.06) for beta in (0.5, 0.7, 0.9)]
 
 
 def corpus(folder: Path) -> None:
@@ -108,7 +108,7 @@ def main() -> None:
         more: dict[str, Any] = {}
         if options.full:
             tried = [
-                OptimizerConfig(name="adamw", learning_rate=a, embedding_rate=b, betas=[c, 0.95]) for a, b, c in SWEEP
+                OptimizerConfig(name="adamw", learning_rate=a, embedding_rate=b, betas=[c, 0.99]) for a, b, c in SWEEP
             ]
             scores = [heldout_nll(folder, each, options.tokens) for each in tried]
             peer = tried[scores.index(min(scores))]
