@@ -47,10 +47,13 @@ def geglu(joint: Tensor) -> Tensor:
 
 
 def joint_linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """Several linear maps of the same x as one product: x [..., I], weights [O, I] of any dtype -> [..., ΣO].
+    """Several linear maps of the same x: x [..., I], weights [O, I] of any dtype -> [..., ΣO], in x's dtype.
 
-    The weights are cast to x's dtype, which makes a joint matrix anyway.
+    With gradients they are one product: the weights are cast to x's dtype, which makes a joint matrix anyway.
     """
+    if not torch.is_grad_enabled():  # to copy the weights would take as long as a few tokens' products
+        parts = [F.linear(x, weight.to(x.dtype)) for weight in weights]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if kernels(x) is not None:
         out: Tensor = _JointLinear.apply(x, *weights)  # type: ignore[no-untyped-call]
         return out
