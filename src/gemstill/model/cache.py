@@ -93,6 +93,11 @@ class Cache:
             for window in self._windows
         ]
 
+    def advance(self, documents: Tensor) -> None:
+        """Count the tokens of `documents` [B, T] as fed; below 0 they are padding."""
+        self.length += documents.shape[1]
+        self.next_position = self.next_position + (documents >= 0).sum(1)
+
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens where there was room for fewer; what is stored stays."""
         # A ring that is to grow is still shorter than its window, so it has a slot for every token so far.

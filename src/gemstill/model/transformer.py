@@ -19,6 +19,7 @@ from gemstill.core.errors import Error
 from gemstill.model.cache import Cache, LayerCache
 from gemstill.model.config import ModelConfig
 from gemstill.model.readout import Readout, logits
+from gemstill.model.slots import SlotLayerView, SlotView
 from gemstill.ops.attention import Mask, attention, make_mask
 from gemstill.ops.fused import geglu, joint_linear, rms_norm, rotate, rotated_heads, split_heads
 
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, where: Where, cache: LayerCache | None, start: int) -> Tensor:
+    def forward(self, x: Tensor, where: Where, cache: LayerCache | SlotLayerView | None, start: int) -> Tensor:
         joint = joint_linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         angles = where.angles[self.local]
         if self.q_norm is None or self.k_norm is None:
@@ -126,7 +127,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(self, x: Tensor, where: Where, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, where: Where, cache: LayerCache | SlotLayerView | None = None, start: int = 0
+    ) -> Tensor:
         x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), where, cache, start), x)
         out: Tensor = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), x)
         return out
@@ -181,7 +184,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | SlotView | None = None,
         readout: Readout | None = None,
     ) -> Any:
         """Run the network on tokens [B, T] int64.
@@ -233,18 +236,16 @@ class Transformer(nn.Module):
             else:
                 x = run(layer, x, where, state, start)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(documents)
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return (readout or logits)(self.norm(x), head, self.config.final_logit_softcap)
 
 
-def count_positions(documents: Tensor, cache: Cache | None = None) -> Tensor:
+def count_positions(documents: Tensor, cache: Cache | SlotView | None = None) -> Tensor:
     """Positions that count up within each document; with a cache, from where each of its rows stands."""
     if cache is not None:
         real = (documents >= 0).long()
-        positions = cache.next_position[:, None] + real.cumsum(1) - real
-        cache.next_position = cache.next_position + real.sum(1)
-        return positions.long()
+        return cache.next_position[:, None] + real.cumsum(1) - real
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     first = torch.zeros_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]

@@ -1,0 +1,203 @@
+"""Keys and values of several texts at once: each has a slot of its own in one block of memory for each layer.
+
+A slot holds one text without padding, whose positions count from 0. The token at position p lies at index p % S of
+its slot: S is the capacity for a global layer, and a little more than the window for a local one, a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gemstill.core.errors import Error
+from gemstill.model.config import ModelConfig
+
+# A ring keeps so many tokens more than its window: so many, and one, can be taken back, and as many rows of one
+# text can be stored before the first of them has looked.
+SPARE = 256
+
+
+def ring(config: ModelConfig, layer: int, capacity: int) -> int:
+    """S, the tokens that a layer keeps of a text of at most `capacity` tokens."""
+    return min(capacity, config.sliding_window + SPARE) if config.is_local(layer) else capacity
+
+
+class SlotLayer:
+    """One layer's keys and values: [slots, num_kv_heads, S, head_dim] each, what was never written is undefined."""
+
+    def __init__(self, shape: tuple[int, int, int, int], window: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Not zeroed: pages that no token has touched then cost no memory.
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.size, self.window = shape[2], window
+
+    def write(self, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [n, G, T, d] of `slots` [n] at `positions` [n, T], no two T of which share an index."""
+        at = slots[:, None], slice(None), positions % self.size
+        self.keys[at] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[at] = values.transpose(1, 2).to(self.values.dtype)
+
+    def read(self, slots: Sequence[int], ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """What `slots` hold when they end before positions `ends` [n]: keys, values [n, G, m, d], positions [n, m].
+
+        A position is -1 where there is nothing; keys and values are finite there.
+        """
+        count = min(int(ends.max()), self.size)
+        last = ends[:, None] - 1
+        # The latest token that belongs at each index. After a rewind an older one's index may hold a younger one,
+        # which then stands for a token that no window reaches any more.
+        positions = (last - (last - torch.arange(count, device=ends.device)) % self.size).clamp(min=-1)
+        if len(slots) == 1:
+            keys, values = (x[slots[0] : slots[0] + 1, :, :count] for x in (self.keys, self.values))
+            return keys.to(dtype), values.to(dtype), positions
+        empty = (positions < 0)[:, None, :, None]
+        keys, values = (x[list(slots), :, :count].to(dtype).masked_fill(empty, 0) for x in (self.keys, self.values))
+        return keys, values, positions
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` indices of a slot to another."""
+        for x in (self.keys, self.values):
+            x[target, :, :count] = x[source, :, :count]
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+class SlotCache:
+    """The keys and values of `slots` texts of at most `capacity` tokens each, in every layer of a model.
+
+    lengths: tokens that each slot holds. layers: see SlotLayer; native code reads and writes them in place.
+
+    >>> cache = SlotCache(model.config, slots=4, capacity=2048)              # doctest: +SKIP
+    >>> model(tokens, cache=cache.view(2))         # a prompt [1, T], whole or in chunks  # doctest: +SKIP
+    >>> model(tokens, cache=cache.view(0, 2, 3))   # the next token of three texts [3, 1]  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.config, self.slots, self.capacity, self.dtype = config, slots, capacity, dtype
+        self.device = torch.device(device)
+        self.lengths = [0] * slots
+        self._reached = [0] * slots  # the most tokens that each slot held since it was empty
+        self.layers = [
+            SlotLayer(
+                (slots, config.num_kv_heads, ring(config, n, capacity), config.head_dim),
+                config.sliding_window if config.is_local(n) else capacity,
+                dtype,
+                self.device,
+            )
+            for n in range(config.num_layers)
+        ]
+
+    @staticmethod
+    def bytes_of(config: ModelConfig, capacity: int, dtype: torch.dtype = torch.float32) -> int:
+        """Memory of one slot, once it is full."""
+        tokens = sum(ring(config, n, capacity) for n in range(config.num_layers))
+        return 2 * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all slots, once they are full."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def view(self, *slots: int) -> SlotView:
+        """The cache of Transformer.forward for tokens [n, T] that go on the texts in these n slots."""
+        return SlotView(self, slots)
+
+    def advance(self, slot: int, tokens: int) -> None:
+        """Count `tokens` more as held, after every layer has stored them."""
+        self.lengths[slot] += tokens
+        self._reached[slot] = max(self._reached[slot], self.lengths[slot])
+
+    def rewind(self, slot: int, length: int) -> bool:
+        """Forget all tokens of a slot but the first `length`; 0 empties it.
+
+        Returns False, and forgets nothing, where a ring no longer holds what the next token must see: once a
+        text has outgrown it, no more than SPARE + 1 tokens can be taken back, or all of them.
+        """
+        if not self._holds(slot, length):
+            return False
+        self.lengths[slot] = length
+        if length == 0:
+            self._reached[slot] = 0
+        return True
+
+    def copy_prefix(self, source: int, target: int, length: int) -> bool:
+        """Make the first `length` tokens of slot `source` the text of slot `target`, computing nothing.
+
+        Returns False, and leaves `target` as it is, where a ring of `source` no longer holds what the token
+        after them must see (as `rewind`).
+        """
+        if not self._holds(source, length):
+            return False
+        for layer in self.layers:
+            whole = layer.size == self.capacity
+            layer.copy(source, target, length if whole else min(self._reached[source], layer.size))
+        self.lengths[target] = length
+        self._reached[target] = self._reached[source] if length else 0
+        return True
+
+    def _holds(self, slot: int, length: int) -> bool:
+        """Whether a text in `slot` can go on after its first `length` tokens."""
+        assert 0 <= length <= self.lengths[slot]
+        lost = max(self._reached[slot] - layer.size - max(0, length - layer.window + 1) for layer in self.layers)
+        return length == 0 or lost <= 0
+
+
+class SlotView:
+    """Some slots of a cache as Transformer.forward takes them: row n of its tokens [n, T] belongs to slots[n].
+
+    The slots differ, their lengths may. Where forward is left by an error, empty these slots.
+    """
+
+    def __init__(self, cache: SlotCache, slots: Sequence[int]) -> None:
+        self.cache, self.slots = cache, list(slots)
+        self.capacity = cache.capacity
+        self.layers = [SlotLayerView(layer, self.slots) for layer in cache.layers]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest of the texts."""
+        return max(self.cache.lengths[slot] for slot in self.slots)
+
+    @property
+    def next_position(self) -> Tensor:
+        """The position [n] int64 of each row's next token."""
+        return torch.tensor([self.cache.lengths[slot] for slot in self.slots], device=self.cache.device)
+
+    def advance(self, documents: Tensor) -> None:
+        """Count the tokens of `documents` [n, T] as held. Raises Error for padding, which a slot has no place for."""
+        if bool((documents < 0).any()):
+            raise Error("padding does not fit a slot", where="model", fix="feed each text by itself")
+        for slot in self.slots:
+            self.cache.advance(slot, documents.shape[1])
+
+
+class SlotLayerView:
+    """One layer of a SlotView."""
+
+    def __init__(self, layer: SlotLayer, slots: Sequence[int]) -> None:
+        self.layer, self.slots = layer, slots
+
+    def extend(self, keys: Tensor, values: Tensor, positions: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As LayerCache.extend: stores T new tokens and returns what their queries may look at."""
+        layer, T = self.layer, keys.shape[2]
+        slots = torch.tensor(self.slots, device=keys.device)
+        if start + T <= layer.size or T + layer.window - 1 <= layer.size:
+            layer.write(slots, positions, keys, values)
+            return layer.read(self.slots, positions[:, -1] + 1, keys.dtype)
+        # The ring is about to lose keys that the first of the new queries still see: look, then store.
+        old = layer.read(self.slots, positions[:, 0], keys.dtype)
+        seen = (torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2), torch.cat([old[2], positions], 1))
+        keep = min(T, layer.size)
+        layer.write(slots, positions[:, -keep:], keys[:, :, -keep:], values[:, :, -keep:])
+        return seen

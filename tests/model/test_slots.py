@@ -1,0 +1,113 @@
+"""The slot cache: whatever way texts come into its slots, every token sees what it sees in the whole text."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gemstill.core.errors import Error
+from gemstill.model import slots as room
+from gemstill.model.slots import SPARE, SlotCache
+from tests.model.reference import BASE, GEMMA3, grid, name_of, ours, text
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.mark.parametrize("spare", [0, 3, 100])
+@pytest.mark.parametrize("config", [*grid(3, seed=3), GEMMA3], ids=name_of)
+@torch.no_grad()
+def test_any_chunks_and_any_neighbours(config, spare, monkeypatch):
+    """Three texts of different lengths, in chunks shorter and longer than the ring, then all a token at a time."""
+    monkeypatch.setattr(room, "SPARE", spare)
+    model, time = ours(config), 30
+    tokens = text(config, 3, time)
+    whole = model(tokens)
+    cache = SlotCache(config, 5, time)
+    for row, chunks in enumerate(([1, 2, 4, 3], [14, 5], [1] * 7)):
+        slot, start = 4 - row, 0
+        for chunk in chunks:
+            logits = model(tokens[row : row + 1, start : start + chunk], cache=cache.view(slot))
+            torch.testing.assert_close(logits[0], whole[row, start : start + chunk], **CLOSE)
+            start += chunk
+    assert cache.lengths == [0, 0, 7, 19, 10]
+    for _ in range(time - 19):
+        at = [cache.lengths[slot] for slot in (4, 3, 2)]
+        new = torch.stack([tokens[row, p] for row, p in enumerate(at)])[:, None]
+        logits = model(new, cache=cache.view(4, 3, 2))
+        torch.testing.assert_close(logits[:, 0], torch.stack([whole[row, p] for row, p in enumerate(at)]), **CLOSE)
+
+
+@pytest.mark.parametrize("config", [BASE, replace(GEMMA3, sliding_window=3)], ids=name_of)
+@torch.no_grad()
+def test_any_walk_over_texts_equals_a_fresh_start(config, monkeypatch):
+    """Texts that grow, are taken back, branch into other slots: where the cache agrees, it is right."""
+    monkeypatch.setattr(room, "SPARE", 5)
+    model, draw, capacity = ours(config), random.Random(0), 40
+    cache, texts, refused = SlotCache(config, 3, capacity), [[], [], []], 0
+    for step in range(70):
+        slot, kind = draw.randrange(3), draw.random()
+        if kind < 0.3 and texts[slot]:
+            length = draw.choice([0, draw.randrange(len(texts[slot])), max(0, len(texts[slot]) - draw.randrange(9))])
+            done = cache.rewind(slot, length)
+            texts[slot] = texts[slot][:length] if done else texts[slot]
+            refused += not done
+        elif kind < 0.5:
+            target = (slot + 1) % 3
+            length = draw.randrange(max(0, len(texts[slot]) - 8), len(texts[slot]) + 1)
+            if cache.copy_prefix(slot, target, length):
+                texts[target] = texts[slot][:length]
+        new = text(config, 1, draw.randrange(1, 9), seed=step)[0].tolist()
+        if len(texts[slot]) + len(new) > capacity:
+            assert cache.rewind(slot, 0)
+            texts[slot] = []
+        texts[slot] += new
+        logits = model(torch.tensor([new]), cache=cache.view(slot))
+        torch.testing.assert_close(logits[0, -1], model(torch.tensor([texts[slot]]))[0, -1], **CLOSE)
+        assert cache.lengths == [len(t) for t in texts]
+    assert refused > 0
+
+
+def test_what_can_be_taken_back(monkeypatch):
+    monkeypatch.setattr(room, "SPARE", 5)
+    cache = SlotCache(BASE, 2, 40)
+    cache.advance(0, 30)
+    assert not cache.rewind(0, 23)
+    assert not cache.copy_prefix(0, 1, 23)
+    assert cache.lengths == [30, 0]
+    assert cache.copy_prefix(0, 1, 24)
+    assert cache.rewind(0, 24)
+    cache.advance(0, 3)
+    assert not cache.rewind(0, 23)  # what was lost does not come back
+    assert cache.rewind(0, 0)
+    assert cache.lengths == [0, 24]
+
+
+def test_a_long_context_costs_half():
+    config, window = replace(BASE, num_layers=4, sliding_window=512), 512
+    cache = SlotCache(config, 2, 8192, torch.bfloat16)
+    assert [layer.size for layer in cache.layers] == [window + SPARE, 8192] * 2
+    token = 2 * 2 * config.num_kv_heads * config.head_dim
+    assert (
+        cache.bytes == 2 * SlotCache.bytes_of(config, 8192, torch.bfloat16) == 2 * token * 2 * (8192 + window + SPARE)
+    )
+    assert cache.bytes < 0.55 * 2 * token * 4 * 8192
+
+
+@torch.no_grad()
+def test_stored_in_bfloat16_computed_in_float32():
+    tokens, cache = text(BASE, 1, 30), SlotCache(BASE, 1, 30, torch.bfloat16)
+    logits = torch.cat([ours(BASE)(part, cache=cache.view(0)) for part in tokens.split(7, 1)], 1)
+    exact = ours(BASE)(tokens)
+    assert logits.dtype == torch.float32
+    assert 0 < (logits - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@torch.no_grad()
+def test_refusals():
+    cache = SlotCache(BASE, 2, 8)
+    with pytest.raises(Error, match="padding does not fit a slot"):
+        ours(BASE)(text(BASE, 1, 4), documents=torch.tensor([[-1, 0, 0, 0]]), cache=cache.view(0))
+    with pytest.raises(Error, match="9 tokens do not fit a cache of 8"):
+        ours(BASE)(text(BASE, 1, 9), cache=cache.view(0))
+    assert cache.lengths == [0, 0]
