@@ -173,7 +173,7 @@ def dequantize(data: Tensor, name: str, dtype: torch.dtype = torch.float32) -> T
     if block.name in _PLAIN:
         return _aligned(data).view(_PLAIN[block.name]).to(dtype)
     blocks = _aligned(data).view(-1, block.bytes)
-    out = _new(len(blocks), block.size, dtype)
+    out = empty(len(blocks), block.size, dtype)
     unpack, step = _FORMATS[block], SLICE // block.size
     scratch = None if dtype == torch.float32 else torch.empty(min(step, len(blocks)), block.size)
     with _no_helpers():
@@ -204,7 +204,7 @@ def _no_helpers() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _new(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """An empty tensor whose memory the system may give in pages of 2 MiB, as numpy asks it to and torch does not.
 
     Most of the time that a matrix takes is otherwise spent on the first touch of each page of 4 KiB.

@@ -1,0 +1,276 @@
+// Products of weight matrices with a few vectors: what every kind of matrix and instruction set shares, and the
+// operations of ops/packed.py.
+
+#include "packed.h"
+
+#include "common.h"
+#include "packed_layout.h"
+#include "packed_rows.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include "packed_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "packed_avx2.h"
+#else
+#include "packed_plain.h"
+#endif
+
+namespace gemstill {
+
+void Activations::resize(Kind to, int64_t vectors, int64_t numbers) {
+  kind = to;
+  M = vectors;
+  K = numbers;
+  blocks = (K + BLOCK - 1) / BLOCK;
+  width = blocks * BLOCK;
+  if (is_plain(kind)) {
+    values.resize(M * width);
+    return;
+  }
+  STD_TORCH_CHECK(K % BLOCK == 0, "a row is no whole number of blocks");
+  high.resize(M * width);
+  low.resize(M * width);
+  whole.resize(M * width);
+  scales.resize(M * blocks);
+  totals.resize(M * blocks);
+  sums.resize(M * blocks);
+  halves.resize(M * blocks * 2);
+}
+
+namespace {
+
+constexpr float MOST = 127 * 128;
+
+// A block's integers, and less their sums; gives its scale.
+float take_block(const float* x, int8_t* high, int8_t* low, int16_t* whole, int32_t* halves) {
+  float top = 0.0f, finite = 0.0f;
+#pragma omp simd reduction(max : top) reduction(+ : finite)
+  for (int64_t k = 0; k < BLOCK; k++) {
+    top = std::max(top, std::fabs(x[k]));
+    finite += x[k] * 0.0f;
+  }
+  const bool sound = finite == 0.0f;
+  const float by = sound && top > 1e-30f ? MOST / top : 0.0f;
+  for (int part = 0; part < 2; part++) {
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = part * BLOCK / 2; k < (part + 1) * BLOCK / 2; k++) {
+      const float shifted = (sound ? x[k] * by : 0.0f) + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
+      const int32_t q = __builtin_bit_cast(int32_t, shifted) - 0x4b400000;
+      whole[k] = int16_t(q);
+      high[k] = int8_t((q + 64) >> 7);
+      low[k] = int8_t(q - ((q + 64) >> 7) * 128);
+      sum += q;
+    }
+    halves[part] = -sum;
+  }
+  return sound ? top / MOST : std::numeric_limits<float>::quiet_NaN();
+}
+
+}  // namespace
+
+void Activations::take(const float* x, int64_t begin, int64_t end) {
+  for (int64_t m = begin; m < end; m++) {
+    const float* from = x + m * K;
+    if (is_plain(kind)) {
+      float* to = values.data() + m * width;
+      std::fill(to + K, to + width, 0.0f);
+      if (kind == Kind::float32) {
+        std::copy(from, from + K, to);
+        continue;
+      }
+      for (int64_t k = 0; k < K; k++) to[k / BLOCK * BLOCK + k % 2 * (BLOCK / 2) + k % BLOCK / 2] = from[k];
+      continue;
+    }
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t i = m * blocks + b, at = m * width + b * BLOCK;
+      scales[i] = take_block(from + b * BLOCK, &high[at], &low[at], &whole[at], &halves[2 * i]);
+      sums[i] = halves[2 * i] + halves[2 * i + 1];
+      totals[i] = scales[i] * float(-sums[i]);
+    }
+  }
+}
+
+namespace {
+
+using Multiply = void (*)(const Panel&, const Activations&, int64_t, float*);
+
+template <Kind kind, int M>
+void fill_products(Multiply* table) {
+  table[M] = multiply_panel<kind, M>;
+  if constexpr (M > 1) fill_products<kind, M - 1>(table);
+}
+
+template <Kind kind>
+void multiply_packed(const Matrix& weights, const Activations& x, int64_t begin, int64_t end, float* out,
+                     int64_t stride) {
+  Multiply products[VECTORS + 1];
+  fill_products<kind, VECTORS>(products);
+  const int64_t tiles = (x.M + VECTORS - 1) / VECTORS;
+  alignas(64) float sums[VECTORS * PANEL];
+  for (int64_t row = begin; row < end; row += PANEL) {
+    const Panel panel = panel_of<kind>(weights, row / PANEL);
+    const int64_t rows = std::min(PANEL, end - row);
+    for (int64_t tile = 0; tile < tiles; tile++) {  // of about the same size each
+      const int64_t first = x.M * tile / tiles, count = x.M * (tile + 1) / tiles - first;
+      products[count](panel, x, first, sums);
+      for (int64_t m = 0; m < count; m++) {
+        std::copy(sums + m * PANEL, sums + m * PANEL + rows, out + (first + m) * stride + row - begin);
+      }
+    }
+  }
+}
+
+template <Kind kind>
+void unpack_packed(const Matrix& weights, int64_t begin, int64_t end, float* out) {
+  for (int64_t row = begin; row < end; row++) {
+    const Panel panel = panel_of<kind>(weights, row / PANEL);
+    const int r = int(row % PANEL);
+    float* to = out + (row - begin) * weights.K;
+    for (int64_t b = 0; b < weights.K / BLOCK; b++, to += BLOCK) {
+      const uint8_t* block = panel.integers + b * integer_bytes<kind>;
+      uint8_t q[BLOCK];
+      for (int j = 0; j < (in_nibbles<kind> ? 4 : 8); j++) {
+        uint8_t four[4];
+        std::memcpy(four, block + 64 * j + 4 * r, 4);
+        for (int i = 0; i < 4; i++) {
+          if constexpr (in_nibbles<kind>) {
+            q[8 * j + i] = four[i] & 15;
+            q[8 * j + 4 + i] = four[i] >> 4;
+          } else {
+            q[4 * j + i] = four[i];
+          }
+        }
+      }
+      constexpr int parts = kind == Kind::q6_k ? 2 : 1, offset = offset_bits<kind> ? 1 << offset_bits<kind> : 0;
+      for (int part = 0; part < parts; part++) {
+        const Affine affine = affine_at<kind>(panel, b, part, r);
+#pragma omp simd
+        for (int k = part * BLOCK / parts; k < (part + 1) * BLOCK / parts; k++) {
+          to[k] = float(int32_t(q[k]) - offset) * affine.scale - affine.least;
+        }
+      }
+    }
+  }
+}
+
+// f(std::integral_constant<Kind, …>) for the kind of a packed matrix.
+template <class F>
+void by_kind(Kind kind, const F& f) {
+  switch (kind) {
+    case Kind::int8: return f(std::integral_constant<Kind, Kind::int8>{});
+    case Kind::int4: return f(std::integral_constant<Kind, Kind::int4>{});
+    case Kind::q4_k: return f(std::integral_constant<Kind, Kind::q4_k>{});
+    case Kind::q5_k: return f(std::integral_constant<Kind, Kind::q5_k>{});
+    case Kind::q6_k: return f(std::integral_constant<Kind, Kind::q6_k>{});
+    default: STD_TORCH_CHECK(false, "no packed matrix");
+  }
+}
+
+}  // namespace
+
+void multiply(const Matrix& weights, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride) {
+  STD_TORCH_CHECK(x.K == weights.K, "the vectors have another length than the matrix's rows");
+  STD_TORCH_CHECK(is_plain(weights.kind) ? x.kind == weights.kind : !is_plain(x.kind), "vectors of another kind");
+  if (weights.kind == Kind::float32) {
+    multiply_rows<float>(reinterpret_cast<const float*>(weights.data), x, begin, end, out, stride);
+  } else if (weights.kind == Kind::bfloat16) {
+    multiply_rows<uint16_t>(reinterpret_cast<const uint16_t*>(weights.data), x, begin, end, out, stride);
+  } else {
+    by_kind(weights.kind, [&](auto kind) { multiply_packed<kind()>(weights, x, begin, end, out, stride); });
+  }
+}
+
+void unpack_rows(const Matrix& weights, int64_t begin, int64_t end, float* out) {
+  by_kind(weights.kind, [&](auto kind) { unpack_packed<kind()>(weights, begin, end, out); });
+}
+
+}  // namespace gemstill
+
+namespace {
+
+using namespace gemstill;
+
+// x [M, K] times each matrix of `weights`, as (kind, N), side by side: out [M, sum of N]. float32 or bfloat16 both;
+// a matrix of kind float32 or bfloat16 is a contiguous tensor, any other Packed.data.
+void packed_linear(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> kinds, std::vector<int64_t> sizes,
+                   Tensor out) {
+  const int64_t M = x.size(0), K = x.size(1), width = out.size(1), grain = 8;
+  std::vector<Matrix> matrices;
+  std::vector<int64_t> starts{0}, columns{0};  // in panels of all matrices, and in columns of `out`
+  for (size_t i = 0; i < weights.size(); i++) {
+    matrices.push_back({Kind(kinds[i]), pointer<uint8_t>(weights[i]), sizes[i], K});
+    starts.push_back(starts.back() + (sizes[i] + PANEL - 1) / PANEL);
+    columns.push_back(columns.back() + sizes[i]);
+    STD_TORCH_CHECK(matrices[i].kind == matrices[0].kind || !is_plain(matrices[0].kind), "plain and packed matrices");
+  }
+  by_dtype(x, [&](auto type) {
+    using T = decltype(type);
+    std::vector<float> wide;
+    const float* from = nullptr;
+    if constexpr (exact<T>) {
+      from = pointer<float>(x);
+    } else {
+      wide.resize(M * K);
+      for (int64_t i = 0; i < M * K; i++) wide[i] = load(pointer<T>(x)[i]);
+      from = wide.data();
+    }
+    Activations by;
+    quantize_activations(from, matrices[0].kind, M, K, by);
+    torch::stable::parallel_for(0, starts.back(), grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> made(M * grain * PANEL);
+      size_t i = 0;
+      for (int64_t at = begin, stop = 0; at < end; at = stop) {
+        while (at >= starts[i + 1]) i++;
+        stop = std::min({end, at + grain, starts[i + 1]});
+        const int64_t row = (at - starts[i]) * PANEL, last = std::min((stop - starts[i]) * PANEL, sizes[i]);
+        multiply(matrices[i], by, row, last, made.data(), grain * PANEL);
+        for (int64_t m = 0; m < M; m++) {
+          T* to = pointer<T>(out) + m * width + columns[i] + row;
+          for (int64_t j = 0; j < last - row; j++) store(to[j], made[m * grain * PANEL + j]);
+        }
+      }
+    });
+  });
+}
+
+// Rows of a packed matrix [N, K]: those that ids [n] int64 name, or `count` from `start` on where there are no ids;
+// out [n or count, K] float32 or bfloat16.
+void packed_rows(Tensor data, int64_t kind, int64_t N, Tensor ids, int64_t start, Tensor out) {
+  const int64_t K = out.size(1), count = out.size(0);
+  const int64_t* id = ids.numel() ? pointer<int64_t>(ids) : nullptr;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t row = id ? id[i] : start + i;
+    STD_TORCH_CHECK(row >= 0 && row < N, "a row outside the matrix");
+  }
+  const Matrix matrix{Kind(kind), pointer<uint8_t>(data), N, K};
+  by_dtype(out, [&](auto type) {
+    using T = decltype(type);
+    over(count, K, [&](int64_t begin, int64_t end) {
+      std::vector<float> wide(exact<T> ? 0 : K);
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t row = id ? id[i] : start + i;
+        T* to = pointer<T>(out) + i * K;
+        if constexpr (exact<T>) {
+          unpack_rows(matrix, row, row + 1, to);
+        } else {
+          unpack_rows(matrix, row, row + 1, wide.data());
+#pragma omp simd
+          for (int64_t k = 0; k < K; k++) store(to[k], wide[k]);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gemstill, m) {
+  m.def("packed_linear(Tensor x, Tensor[] weights, int[] kinds, int[] sizes, Tensor(a!) out) -> ()");
+  m.def("packed_rows(Tensor data, int kind, int N, Tensor ids, int start, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gemstill, CPU, m) {
+  m.impl("packed_linear", TORCH_BOX(&packed_linear));
+  m.impl("packed_rows", TORCH_BOX(&packed_rows));
+}
