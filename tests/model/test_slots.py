@@ -68,6 +68,32 @@ def test_any_walk_over_texts_equals_a_fresh_start(config, monkeypatch):
     assert refused > 0
 
 
+@pytest.mark.parametrize("config", [BASE, replace(GEMMA3, sliding_window=3)], ids=name_of)
+@torch.no_grad()
+def test_a_cache_of_another_size_holds_the_same_texts(config, monkeypatch):
+    """Slots more and fewer, longer and shorter, in another order; a text goes on as before or says that it is lost."""
+    monkeypatch.setattr(room, "SPARE", 2)
+    model, draw = ours(config), random.Random(1)
+    cache, texts = SlotCache(config, 1, 3), [[]]
+    for step in range(120):
+        if step % 3 == 0:
+            keep = draw.sample(range(len(texts)), draw.randrange(len(texts) + 1))
+            texts = [texts[slot] for slot in keep] + [[] for _ in range(draw.randrange(not keep, 3))]
+            capacity = max(1, *(len(t) for t in texts)) + draw.choice([0, 0, 1, 5, 12])
+            cache.resize(keep, len(texts), capacity)
+            texts = [t[:length] for length, t in zip(cache.lengths, texts, strict=True)]
+            assert (cache.slots, cache.capacity) == (len(texts), capacity)
+            assert cache.bytes == len(texts) * SlotCache.bytes_of(config, capacity)
+        slot = draw.randrange(len(texts))
+        if step % 3 == 2 and cache.rewind(slot, length := max(0, len(texts[slot]) - 2)):
+            texts[slot] = texts[slot][:length]
+        elif room_left := cache.capacity - len(texts[slot]):
+            new = text(config, 1, min(room_left, draw.randrange(1, 6)), seed=step)[0].tolist()
+            texts[slot] += new
+            logits = model(torch.tensor([new]), cache=cache.view(slot))
+            torch.testing.assert_close(logits[0, -1], model(torch.tensor([texts[slot]]))[0, -1], **CLOSE)
+
+
 def test_what_can_be_taken_back(monkeypatch):
     monkeypatch.setattr(room, "SPARE", 5)
     cache = SlotCache(BASE, 2, 40)
@@ -81,6 +107,18 @@ def test_what_can_be_taken_back(monkeypatch):
     assert not cache.rewind(0, 23)  # what was lost does not come back
     assert cache.rewind(0, 0)
     assert cache.lengths == [0, 24]
+
+
+def test_a_text_is_lost_where_the_ring_becomes_smaller_that_it_has_outgrown(monkeypatch):
+    monkeypatch.setattr(room, "SPARE", 2)
+    cache = SlotCache(BASE, 1, 20)  # rings of 6
+    cache.advance(0, 8)
+    assert cache.rewind(0, 5)
+    cache.resize([0], 2, 9)
+    assert cache.lengths == [5, 0]
+    assert not cache.holds(0, 4)
+    cache.resize([0], 1, 5)
+    assert cache.lengths == [0]
 
 
 def test_a_long_context_costs_half():

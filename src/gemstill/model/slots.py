@@ -61,6 +61,18 @@ class SlotLayer:
         for x in (self.keys, self.values):
             x[target, :, :count] = x[source, :, :count]
 
+    def resize(self, keep: Sequence[int], slots: int, size: int, reached: Sequence[int]) -> None:
+        """Have `slots` slots of `size` indices, the first with the reached[n] tokens that slots keep[n] have."""
+        fresh = []
+        for old in (self.keys, self.values):
+            new = old.new_empty(slots, old.shape[1], size, old.shape[3])
+            for row, slot in enumerate(keep):
+                count = min(reached[row], size, self.size)
+                new[row, :, :count] = old[slot, :, :count]
+            fresh.append(new)
+        self.keys, self.values = fresh
+        self.size = size
+
     @property
     def bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
@@ -124,7 +136,7 @@ class SlotCache:
         Returns False, and forgets nothing, where a ring no longer holds what the next token must see: once a
         text has outgrown it, no more than SPARE + 1 tokens can be taken back, or all of them.
         """
-        if not self._holds(slot, length):
+        if not self.holds(slot, length):
             return False
         self.lengths[slot] = length
         if length == 0:
@@ -137,7 +149,7 @@ class SlotCache:
         Returns False, and leaves `target` as it is, where a ring of `source` no longer holds what the token
         after them must see (as `rewind`).
         """
-        if not self._holds(source, length):
+        if not self.holds(source, length):
             return False
         for layer in self.layers:
             whole = layer.size == self.capacity
@@ -146,11 +158,32 @@ class SlotCache:
         self._reached[target] = self._reached[source] if length else 0
         return True
 
-    def _holds(self, slot: int, length: int) -> bool:
+    def holds(self, slot: int, length: int) -> bool:
         """Whether a text in `slot` can go on after its first `length` tokens."""
         assert 0 <= length <= self.lengths[slot]
-        lost = max(self._reached[slot] - layer.size - max(0, length - layer.window + 1) for layer in self.layers)
-        return length == 0 or lost <= 0
+        rings = [layer for layer in self.layers if layer.size < self.capacity]
+        lost = [self._reached[slot] - layer.size - max(0, length - layer.window + 1) for layer in rings]
+        return length == 0 or max(lost, default=0) <= 0
+
+    def resize(self, keep: Sequence[int], slots: int, capacity: int) -> None:
+        """Become a block of `slots` slots of `capacity` tokens, the first of which have the texts of slots `keep`.
+
+        Layer by layer, so that no more than one is there twice. A slot is emptied whose text has outgrown a ring that
+        is to become smaller. Where memory is short torch's error comes out, and the cache is of no use any more.
+        """
+        lengths, reached = [0] * slots, [0] * slots
+        sizes = [ring(self.config, n, capacity) for n in range(self.config.num_layers)]
+        pairs = list(zip(self.layers, sizes, strict=True))
+        for row, slot in enumerate(keep):
+            assert self.lengths[slot] <= capacity
+            outgrown = [(layer.size, size) for layer, size in pairs if self._reached[slot] > layer.size]
+            if all(old == new < capacity for old, new in outgrown):
+                lengths[row] = self.lengths[slot]
+                reached[row] = self._reached[slot] if outgrown else self.lengths[slot]
+        for number, (layer, size) in enumerate(pairs):
+            layer.resize(keep, slots, size, reached)
+            layer.window = self.config.sliding_window if self.config.is_local(number) else capacity
+        self.slots, self.capacity, self.lengths, self._reached = slots, capacity, lengths, reached
 
 
 class SlotView:
