@@ -11,7 +11,8 @@ from gemstill.core.errors import Error
 from gemstill.core.machine import processor_flags
 from gemstill.ops import native
 from gemstill.ops.blocks import BLOCKS, dequantize, quantize
-from gemstill.ops.packed import FORMATS, Packed, from_blocks, pack, packed_linear
+from gemstill.ops.packed import MADE, Packed, from_blocks, pack, packed_linear
+from gemstill.ops.panels import FORMATS
 
 SHAPES = [(16, 256), (37, 96), (7, 32), (250, 1056)]  # rows: no multiple of 16; columns: an odd number of blocks
 VECTORS = (1, 2, 3, 5, 8, 9, 16, 17)
@@ -23,17 +24,20 @@ def draw(*shape, seed=0, scale=1.0):
 
 def blocks_of(name, rows, columns):
     """Blocks of random weights; of a format that cannot be written, random bytes with scales of a sound size."""
-    if name in FORMATS.values():
+    if name in MADE.values():
         return quantize(draw(rows, columns, scale=0.05), name)
     block = BLOCKS[name]
     data = torch.randint(0, 256, (rows, columns // block.size, block.bytes), generator=torch.Generator().manual_seed(1))
     data = data.to(torch.uint8)
-    data[..., :2] = (0.01 + draw(*data.shape[:2], 1).abs() * 0.01).half().view(torch.uint8)
+    places = {"Q5_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[name]
+    for at in places:
+        data[..., at : at + 2] = (0.01 + draw(*data.shape[:2], 1, seed=at).abs() * 0.01).half().view(torch.uint8)
     return data.view(rows, -1)
 
 
 def cases():
-    return [(name, *shape) for name in ("Q8_0", "Q4_0", "Q5_0") for shape in SHAPES]
+    size = {name: BLOCKS[name].size for name in FORMATS}
+    return [(name, rows, -(-columns // size[name]) * size[name]) for name in FORMATS for rows, columns in SHAPES]
 
 
 @pytest.mark.parametrize(("name", "rows", "columns"), cases())
@@ -45,10 +49,12 @@ def test_what_was_packed_comes_back(name, rows, columns):
     assert told == name
     assert torch.equal(again, data)
     true = dequantize(data, name)
-    assert torch.equal(packed.rows(0, rows), true)
-    assert torch.equal(packed.rows(3, rows - 1, torch.bfloat16), dequantize(data, name, torch.bfloat16)[3 : rows - 1])
+    # A product and a difference may be rounded together.
+    torch.testing.assert_close(packed.rows(0, rows), true, rtol=0 if BLOCKS[name].size == 32 else 1e-6, atol=1e-6)
+    some = packed.rows(3, rows - 1, torch.bfloat16)
+    torch.testing.assert_close(some, true[3 : rows - 1].bfloat16(), rtol=0 if BLOCKS[name].size == 32 else 8e-3, atol=0)
     ids = torch.randint(0, rows, (2, 3), generator=torch.Generator().manual_seed(2))
-    assert torch.equal(packed.gather(ids), true[ids])
+    assert torch.equal(packed.gather(ids), packed.rows(0, rows)[ids])
 
 
 @pytest.mark.parametrize(("name", "rows", "columns"), cases())
@@ -61,7 +67,7 @@ def test_products_are_those_of_the_dequantized_weights(name, rows, columns, dtyp
         out, exact = packed.linear(x), x.double() @ true.T
         assert out.dtype == dtype
         assert out.shape == (count, rows)
-        bound = 1e-4 if dtype == torch.float32 else 4e-3
+        bound = 1e-4 if dtype == torch.float32 else 1e-2
         assert (out.double() - exact).norm() <= bound * exact.norm()
 
 
@@ -93,7 +99,7 @@ def test_what_is_not_finite_stays_so_and_alone():
 
 def test_the_numbers_are_those_of_the_block_formats():
     weights = draw(33, 64).bfloat16()
-    for kind, name in FORMATS.items():
+    for kind, name in MADE.items():
         assert torch.equal(pack(weights, kind).unpack()[0], quantize(weights, name))
 
 

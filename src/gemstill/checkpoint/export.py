@@ -37,27 +37,29 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """
     expect_model(config.source)
     from gemstill.checkpoint.source import find, load, save
+    from gemstill.model.quantized import count_weights
 
     path = find(config.source)
     model, tokenizer = load(path)
     save(model, tokenizer, config.target, dtype=config.dtype or None, card=_card(config, path))
     files = [config.target] if config.target.is_file() else sorted(config.target.iterdir())
-    return {"parameters": _parameters(model), "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    return {
+        "parameters": count_weights(model),
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
 
 
 def plan(config: ExportConfig) -> dict[str, Any]:
     """What `run` would write, in figures; the model is mapped, not read."""
     expect_model(config.source)
     from gemstill.checkpoint.source import load
+    from gemstill.model.quantized import count_weights, weight_bytes
 
     model, _ = load(config.source)
-    kept = sum(p.numel() * p.element_size() for p in model.parameters())
-    size = BYTES.get(config.dtype.lower(), 0) * _parameters(model)
-    return {"parameters": _parameters(model), "weight_bytes": int(size or kept)}
-
-
-def _parameters(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    kept = weight_bytes(model)
+    size = BYTES.get(config.dtype.lower(), 0) * count_weights(model)
+    return {"parameters": count_weights(model), "weight_bytes": int(size or kept)}
 
 
 def _card(config: ExportConfig, source: Path) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from gemstill.core import machine
 from gemstill.core.errors import Error
 from gemstill.core.notices import note
 from gemstill.model.config import ModelConfig
+from gemstill.model.quantized import kind_of, named_weights, put_weights
 from gemstill.model.transformer import Transformer
-from gemstill.ops.blocks import BLOCKS, dequantize, quantize
+from gemstill.ops.blocks import BLOCKS, Block, dequantize, quantize
+from gemstill.ops.packed import MADE, Packed, Weight, from_blocks, pack_rows
+from gemstill.ops.panels import FORMATS
 from gemstill.text.tokenizer import Tokenizer
 from gemstill.text.vocabulary import UNUSED, Vocabulary
 
@@ -40,9 +44,12 @@ INNER = {
     "mlp.down_proj": "ffn_down",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers for what a file holds mostly
+# llama.cpp's numbers for what a file holds mostly: those that can be written, and of blocks that are kept.
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
+KEPT_TYPES = {"q5_0": 8, "q4_k": 15, "q5_k": 17, "q6_k": 18}
 EXACT = "gemstill.exact."  # + a norm's name: weights that its gain in the file does not give back
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+_EMBEDDING = "embed_tokens.weight"
 _PER_LAYER = 9  # tensors at least
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _COPY = 1 << 23  # weights converted and written at once
@@ -62,7 +69,11 @@ def their_name(name: str) -> str:
 
 
 def load_gguf(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[Transformer, Tokenizer]:
     """Open a GGUF file: its network and its tokenizer, with the chat template where the file has one.
 
@@ -71,10 +82,13 @@ def load_gguf(
     Norms, which files hold in float32, take the matrices' dtype where that loses nothing. Tensor by tensor:
     no second copy of the weights is ever held.
 
+    quantize: pack the matrices as `quantize_model` does, each as it is read; "file" keeps the file's own blocks,
+    not through floats, and its matrices in F32, F16 and BF16 as they are.
+
     Raises:
         Error: no such file, damaged, another architecture, tensors missing, superfluous or of another shape (each
-            by name), blocks of a rare format without the package `gguf`, no tokenizer of Gemma's kind, float16
-            for a network whose activations overflow it.
+            by name), blocks of a rare format without the package `gguf`, or that are to be kept, no tokenizer of
+            Gemma's kind, float16 for a network whose activations overflow it.
     """
     file = GgufFile(path)
     tokenizer_fields = _check_kind(file)
@@ -86,10 +100,17 @@ def load_gguf(
     tokenizer = _tokenizer(file, tokenizer_fields)
     check_vocabulary(config, tokenizer, path)
     names = {name: their_name(name) for name, _ in model.named_parameters()}
-    state = {ours: _matrix(file, theirs, dtype).to(device) for ours, theirs in names.items() if not _is_norm(theirs)}
+    state: dict[str, Weight] = {}
+    for ours, theirs in names.items():
+        if _is_norm(theirs):
+            continue
+        if quantize is None or (quantize == "file" and file.tensors[theirs].block.size == 1):
+            state[ours] = _matrix(file, theirs, dtype).to(device)
+        else:
+            state[ours] = _packed(file, theirs, kind_of(ours, quantize) if quantize != "file" else "")
     kinds = {tensor.dtype for tensor in state.values()}
     state |= {ours: _norm(file, theirs, dtype, kinds).to(device) for ours, theirs in names.items() if _is_norm(theirs)}
-    model.load_state_dict(state, assign=True)
+    put_weights(model, state)
     if torch.float16 in kinds:  # to store in it is one thing, to compute in it another
         model.compute_dtype = machine.fast_dtype(str(device))
     return model, tokenizer
@@ -132,6 +153,25 @@ def _matrix(file: GgufFile, name: str, dtype: torch.dtype | None) -> Tensor:
     return tensor
 
 
+def _packed(file: GgufFile, name: str, kind: str) -> Packed:
+    """A matrix packed as `kind`, or in its own blocks where that is empty; pages read are given back on the way."""
+    info, data = file.tensors[name], file.data(name)
+    own = info.block.name
+    if own == MADE.get(kind, own):
+        if own not in FORMATS:
+            what, fix = f"{name} is in the format {own}, whose blocks are not kept", "take quantize='int8' or 'int4'"
+            raise Error(what, where=file.path, fix=fix)
+        return from_blocks(data, own, release)
+
+    def read(start: int, stop: int) -> Tensor:
+        rows = data[start:stop]
+        wide = dequantize(rows, own) if own not in RARE else _rare(info, rows, torch.float32, file.path)
+        release(rows)
+        return wide
+
+    return pack_rows(info.shape, kind, read)
+
+
 def _rare(info: TensorInfo, data: Tensor, dtype: torch.dtype, where: object) -> Tensor:
     """Blocks that the package `gguf` unpacks, some rows at a time."""
     try:
@@ -147,7 +187,7 @@ def _rare(info: TensorInfo, data: Tensor, dtype: torch.dtype, where: object) -> 
         for start in range(0, len(rows), step):
             part = gguf.quants.dequantize(rows[start : start + step].numpy(), kind)
             out[start : start + step] = torch.from_numpy(part)
-    return out.view(info.shape)
+    return out.view(*data.shape[:-1], info.shape[-1])
 
 
 def _norm(file: GgufFile, name: str, dtype: torch.dtype | None, kinds: set[torch.dtype]) -> Tensor:
@@ -221,9 +261,9 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, dty
     """Write one GGUF file with network, tokenizer and chat template, whole or not at all.
 
     dtype: f32, f16, bf16, q8_0 or q4_0, of all matrices; by default that of the embedding. With q4_0 the
-    embedding, which is the head as well, is q8_0. Norms are float32. What `load_gguf` reads from a file in f32 (or
-    in the weights' own dtype) is equal bit by bit: where 1 + w is rounded, w goes into a field of its own.
-    Matrices are converted a few rows at a time.
+    embedding, which is the head as well, is q8_0. A quantized model's matrices keep their blocks by default. Norms
+    are float32. What `load_gguf` reads from a file in f32 (or in the weights' own dtype) is equal bit by bit: where
+    1 + w is rounded, w goes into a field of its own. Matrices are converted a few rows at a time.
 
     Raises:
         Error: a network that llama.cpp would run wrongly, with the reason; a format that does not exist, does not
@@ -231,13 +271,14 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, dty
             has more entries than the model; a place that cannot be written.
     """
     config = model.config
-    stored = model.embed_tokens.weight.dtype
-    name = dtype or _NAMES.get(stored, "")
-    if name not in FILE_TYPES:
+    weights = dict(named_weights(model))
+    stored = weights[_EMBEDDING].dtype
+    name = dtype or _kept(weights) or _NAMES.get(stored, "")
+    if (name not in FILE_TYPES and dtype is not None) or name not in FILE_TYPES | KEPT_TYPES:
         fix = f"take one of {', '.join(FILE_TYPES)}"
         raise Error(f"a GGUF file's weights are not written as '{name or stored}'", where=path, fix=fix)
     fields: dict[str, Any] = {"general.architecture": architecture(config), "general.type": "model"}
-    fields |= {"general.name": Path(path).stem, "general.file_type": FILE_TYPES[name]}
+    fields |= {"general.name": Path(path).stem, "general.file_type": (FILE_TYPES | KEPT_TYPES)[name]}
     if name.startswith("q"):
         fields["general.quantization_version"] = 2
     fields |= to_fields(config)
@@ -246,8 +287,12 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, dty
         note("llama.cpp rounds activations to float16 beside such weights; Gemma 3's may overflow it", where=path)
     fields |= _tokenizer_fields(tokenizer, config.vocab_size)
     tensors = []
-    for ours, parameter in model.named_parameters():
-        theirs, weight = their_name(ours), parameter.detach()
+    for ours, weight in weights.items():
+        theirs = their_name(ours)
+        if isinstance(weight, Packed):
+            tensors.append(_out_packed(theirs, weight, dtype, path))
+            continue
+        weight = weight.detach()
         if weight.dtype not in DTYPES:
             raise Error(f"{ours} is stored as {weight.dtype}", where=path, fix="take bfloat16")
         if _is_norm(theirs):
@@ -256,16 +301,46 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, dty
                 fields[EXACT + theirs] = wide.numpy()
             tensors.append(_out(theirs, 1 + wide, "f32", path))
         else:
-            own = "q8_0" if name == "q4_0" and theirs in (EMBEDDING, HEAD) else name
-            tensors.append(_out(theirs, weight, own, path))
+            own = name if dtype or not _kept(weights) else _NAMES[weight.dtype]
+            tensors.append(_out(theirs, weight, _embedded(theirs, own), path))
     write_gguf(path, fields, tensors)
 
 
-def _out(name: str, weight: Tensor, kind: str, path: str | Path) -> Out:
+def _kept(weights: Mapping[str, Weight]) -> str:
+    """The block format that a model's packed matrices have mostly, in lower case; empty where none is packed."""
+    counts: Counter[str] = Counter()
+    for weight in weights.values():
+        if isinstance(weight, Packed):
+            counts[weight.name.lower()] += weight.numel()
+    return counts.most_common(1)[0][0] if counts else ""
+
+
+def _embedded(name: str, kind: str) -> str:
+    return "q8_0" if kind == "q4_0" and name in (EMBEDDING, HEAD) else kind
+
+
+def _out_packed(name: str, weight: Packed, dtype: str | None, path: str | Path) -> Out:
+    """A packed matrix, in its own blocks or in those of `dtype`."""
+    if dtype is None or _embedded(name, dtype).upper() == weight.name:
+        return Out(name, weight.shape, BLOCKS[weight.name], weight.parts)
+    block = _block(name, weight.shape, _embedded(name, dtype), path)
+    step = max(1, _COPY // weight.shape[-1])
+    starts = range(0, len(weight), step)
+    return Out(name, weight.shape, block, lambda: (quantize(weight.rows(at, at + step), block.name) for at in starts))
+
+
+def _block(name: str, shape: tuple[int, ...], kind: str, path: str | Path) -> Block:
+    """The block format of a matrix. Raises Error where it does not divide the matrix's rows."""
     block = BLOCKS[kind.upper()]
-    if weight.shape[-1] % block.size:
-        what = f"{name} has rows of {weight.shape[-1]} weights, which blocks of {block.size} do not divide"
+    if shape[-1] % block.size:
+        what = f"{name} has rows of {shape[-1]} weights, which blocks of {block.size} do not divide"
         raise Error(what, where=path, fix="take f32, f16 or bf16")
+
+    return block
+
+
+def _out(name: str, weight: Tensor, kind: str, path: str | Path) -> Out:
+    block = _block(name, tuple(weight.shape), kind, path)
 
     def parts() -> Iterator[Tensor]:
         for part in torch.split(weight, max(1, _COPY // weight.shape[-1])):

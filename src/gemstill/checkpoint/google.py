@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from gemstill.checkpoint.hf_config import CONFIG, read_config, read_limited
-from gemstill.checkpoint.tensors import DTYPES, check_float16, check_names, check_vocabulary, converted
+from gemstill.checkpoint.tensors import DTYPES, check_float16, check_names, check_vocabulary, converted, packed
 from gemstill.core.errors import Error
 from gemstill.model.config import PRESETS, ModelConfig
+from gemstill.model.quantized import kind_of, put_weights
 from gemstill.model.transformer import Transformer
+from gemstill.ops.packed import Weight
 from gemstill.text.tokenizer import Tokenizer
 
 INDEX = "pytorch_model.bin.index.json"
@@ -37,13 +39,18 @@ _GEMMA3 = PRESETS["gemma3-270m"]
 
 
 def load_google(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[Transformer, Tokenizer]:
     """Open a file of `gemma_pytorch`, or the folder of one in several files, beside its `tokenizer.model`.
 
     On the CPU, weights that keep their dtype are mapped from the file. Nothing in the pickle is run: a file with
     anything but tensors in it is refused. What the file does not say (heads, window) is that of the published
-    model of these sizes, or stands in a `config.json` beside it, as a Hugging Face folder has it.
+    model of these sizes, or stands in a `config.json` beside it, as a Hugging Face folder has it. quantize: pack the
+    matrices as `quantize_model` does, each as it is read.
 
     Raises:
         Error: no such file, one that is no such checkpoint or holds anything but tensors, a model whose shape is
@@ -64,8 +71,13 @@ def load_google(
     found = _unfused(tensors, config)
     unreadable = {name: str(t.dtype).removeprefix("torch.") for name, t in found.items() if t.dtype not in DTYPES}
     check_names({name: t.shape for name, t in found.items()}, model, where=path, unreadable=unreadable)
-    state = {name: converted(found[name], dtype).to(device) for name, _ in model.named_parameters()}
-    model.load_state_dict(state, assign=True)
+    state: dict[str, Weight] = {}
+    for name, parameter in model.named_parameters():
+        if quantize is not None and parameter.ndim == 2:
+            state[name] = packed(found[name], kind_of(name, quantize))
+        else:
+            state[name] = converted(found[name], dtype).to(device)
+    put_weights(model, state)
     return model, tokenizer
 
 

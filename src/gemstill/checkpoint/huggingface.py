@@ -12,12 +12,14 @@ from torch import Tensor
 from gemstill.checkpoint import sidecars
 from gemstill.checkpoint.hf_config import BOTH, CONFIG, MOST_CONFIG, from_hf, read_limited, to_hf
 from gemstill.checkpoint.safetensors_file import INDEX, WEIGHTS, Weights, write_weights
-from gemstill.checkpoint.tensors import DTYPES, check_float16, check_names, check_vocabulary, listed
+from gemstill.checkpoint.tensors import DTYPES, check_float16, check_names, check_vocabulary, listed, packed
 from gemstill.core.errors import Error
 from gemstill.core.files import write_json, writing
 from gemstill.core.notices import note
 from gemstill.model.config import ModelConfig
+from gemstill.model.quantized import expect_plain, kind_of, put_weights
 from gemstill.model.transformer import Transformer
+from gemstill.ops.packed import Weight
 from gemstill.text.tokenizer import Tokenizer
 
 MARK = "gemstill_version"  # a field of config.json: who wrote the folder, so who may write over it
@@ -34,9 +36,15 @@ _TEXT_PARTS = (("language_model.model.", "language_model."), ("model.language_mo
 
 
 def load_folder(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[Transformer, Tokenizer]:
     """Open a checkpoint folder: its network, weights stored in `dtype` (default: as in the file), and its tokenizer.
+
+    quantize: pack the matrices as `quantize_model` does, each as it is read.
 
     On the CPU, weights that keep their dtype are mapped from the file, not read: memory holds one copy at most.
     Of a Gemma 3 model for text and images the text part is opened, and that is said.
@@ -59,8 +67,14 @@ def load_folder(
     with torch.device("meta"):
         model = Transformer(config)
     names = _names(weights, model, with_images=raw["model_type"] == BOTH)
-    model.load_state_dict({ours: weights.read(theirs, dtype) for ours, theirs in names.items()}, assign=True)
+    put_weights(model, {ours: _weight(weights, ours, theirs, dtype, quantize) for ours, theirs in names.items()})
     return model, tokenizer
+
+
+def _weight(weights: Weights, ours: str, theirs: str, dtype: torch.dtype | None, quantize: str | None) -> Weight:
+    if quantize is None or len(weights.shapes[theirs]) != 2:
+        return weights.read(theirs, dtype)
+    return packed(weights.read(theirs), kind_of(ours, quantize))
 
 
 def _names(weights: Weights, model: Transformer, *, with_images: bool) -> dict[str, str]:
@@ -119,8 +133,9 @@ def save_folder(
     Raises:
         Error: `folder` is there and is neither empty nor a checkpoint that `save_folder` wrote; it cannot be
             written; the tokenizer has more entries than the model; a dtype that no weights have, or that does
-            not hold these.
+            not hold these; the model is quantized.
     """
+    expect_plain(model, "written as a folder", fix="write a GGUF file, or load it without quantize")
     folder = Path(folder).resolve()  # a link to a checkpoint stays a link
     config = model.config
     check_vocabulary(config, tokenizer, folder)

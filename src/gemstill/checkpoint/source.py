@@ -13,9 +13,11 @@ from gemstill.core import machine
 from gemstill.core.errors import Error
 from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
+from gemstill.ops.packed import MADE
 from gemstill.text.tokenizer import Tokenizer
 
 GGUF = ".gguf"
+FILE = "file"  # quantized as the file is
 INDEX = "pytorch_model.bin.index.json"  # of Google's own file in several
 GOOGLE = (".ckpt", ".bin", ".pt", ".pth")  # suffixes of torch's own files
 DTYPES = {
@@ -25,7 +27,11 @@ DTYPES = {
 
 
 def load(
-    source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[Transformer, Tokenizer]:
     """Open a model and its tokenizer, ready to compute in the fastest precision of this machine.
 
@@ -33,22 +39,39 @@ def load(
     on the hub such as "google/gemma-2-2b-it" or "google/gemma-2-2b-it@main". dtype: of the stored weights, by
     default as in the file; asking for one wider than the machine's fast precision also computes in it.
 
+    quantize: keep all matrices in "int8" or "int4" (blocks of 32, with int4 the embedding and the head in int8), or,
+    of a GGUF, in the blocks that they have in the "file"; of the unquantized ones a few rows are held at a time. Such
+    a model is for inference on the CPU alone.
+
     Raises:
-        Error: there is no such thing, it cannot be fetched, it is damaged, or it is another kind of model.
+        Error: there is no such thing, it cannot be fetched, it is damaged, or it is another kind of model; another
+            `quantize`, or one that the source or the device does not have.
     """
     path = find(source)
+    if quantize is not None:
+        _check_quantize(quantize, path, device)
     if path.is_file() and path.suffix not in GOOGLE:
         from gemstill.checkpoint.gguf import load_gguf
 
-        model, tokenizer = load_gguf(path, dtype=dtype, device=device)
+        model, tokenizer = load_gguf(path, dtype=dtype, quantize=quantize, device=device)
     elif path.is_file() or look(path).kind == "google":
         from gemstill.checkpoint.google import load_google
 
-        model, tokenizer = load_google(path, dtype=dtype, device=device)
+        model, tokenizer = load_google(path, dtype=dtype, quantize=quantize, device=device)
     else:
-        model, tokenizer = load_folder(path, dtype=dtype, device=device)
+        model, tokenizer = load_folder(path, dtype=dtype, quantize=quantize, device=device)
     model.compute_dtype = compute_dtype(dtype, device)
     return model, tokenizer
+
+
+def _check_quantize(quantize: str, path: Path, device: str | torch.device) -> None:
+    if quantize not in (*MADE, FILE):
+        fix = f"take one of {', '.join((*MADE, FILE))}"
+        raise Error(f"no model is quantized to '{quantize}'", where=path, fix=fix)
+    if torch.device(device).type != "cpu":
+        raise Error(f"a quantized model runs on the CPU, not on {device}", where=path, fix="leave quantize out")
+    if quantize == FILE and (not path.is_file() or path.suffix in GOOGLE):
+        raise Error("has no blocks of its own, as a GGUF file has", where=path, fix="take quantize='int8' or 'int4'")
 
 
 def compute_dtype(dtype: torch.dtype | None, device: str | torch.device = "cpu") -> torch.dtype:
@@ -111,7 +134,8 @@ def save(
     """Write a model and its tokenizer where others open them: a GGUF file where `target` ends in .gguf, else a folder.
 
     dtype: of the stored weights, by default each keeps its own; float32, bfloat16 or float16 (f32, bf16, f16),
-    and q8_0 or q4_0 for a GGUF. card: the model card of a folder, Markdown.
+    and q8_0 or q4_0 for a GGUF. card: the model card of a folder, Markdown. A quantized model is written as a GGUF
+    file alone, by default in its own blocks, bit by bit.
 
     Raises:
         Error: a dtype that the format does not have, a network that others would run wrongly, a folder that

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gemstill.core.errors import Error
 from gemstill.core.notices import note
 from gemstill.model.config import ModelConfig
+from gemstill.ops.packed import Packed, pack_rows
 from gemstill.text.tokenizer import Tokenizer
 
 SHOWN, LONGEST = 8, 120  # names in an error, which is one line, and characters of one
@@ -109,6 +110,18 @@ def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     out = tensor.to(dtype)
     release(tensor)
     return out
+
+
+def packed(tensor: Tensor, kind: str) -> Packed:
+    """A matrix mapped from a file as `pack` packs it; what was read of the file is given back on the way."""
+
+    def read(start: int, stop: int) -> Tensor:
+        rows = tensor[start:stop]
+        wide = rows.float()
+        release(rows)
+        return wide
+
+    return pack_rows(tuple(tensor.shape), kind, read)
 
 
 def release(tensor: Tensor) -> None:

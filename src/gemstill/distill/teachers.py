@@ -21,6 +21,7 @@ from gemstill.checkpoint import foreign, sidecars, source
 from gemstill.core import machine
 from gemstill.core.errors import Error
 from gemstill.model.adapter import Adapter
+from gemstill.model.quantized import expect_plain
 from gemstill.model.transformer import Transformer
 from gemstill.ops.native import loaded
 from gemstill.ops.target import OnlineTarget, Target
@@ -69,11 +70,15 @@ class ModelTeacher:
     """A network at hand as a teacher: gemstill's Transformer, or a `transformers` model in its Adapter.
 
     model: called as model(tokens, documents=…, readout=…); it is set to evaluate.
+
+    Raises:
+        Error: a quantized model, whose head is not at hand.
     """
 
     sparse = False
 
     def __init__(self, model: nn.Module, *, name: str = "unnamed", licence: str = "unknown") -> None:
+        expect_plain(model, "a teacher")
         self.model, self.name, self.licence = model.eval(), name, licence
 
     @cached_property

@@ -69,6 +69,7 @@ def plan(config: ChatConfig) -> dict[str, Any]:
     """What a conversation takes when its context is full; the model is mapped, not read."""
     expect_model(config.source)
     from gemstill.model.cache import Cache
+    from gemstill.model.quantized import weight_bytes
 
     conversation = _open(config)
     model, context = conversation.session.model, conversation.session.context
@@ -76,7 +77,7 @@ def plan(config: ChatConfig) -> dict[str, Any]:
     return {
         "context_tokens": context,
         "cache_bytes_at_most": Cache(model.config, 1, context, dtype, "meta").bytes,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weight_bytes": weight_bytes(model),
     }
 
 

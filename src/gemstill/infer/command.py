@@ -56,6 +56,7 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
     prompts = _prompts(config)
     from gemstill.infer.generate import prompt_ids
     from gemstill.model.cache import Cache
+    from gemstill.model.quantized import weight_bytes
 
     model, tokenizer = load(config.source)
     lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
@@ -68,7 +69,7 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
         "new_tokens_at_most": config.max_new_tokens * len(prompts),
         "flops_at_most": flops * (sum(lengths) + config.max_new_tokens * len(prompts)),
         "cache_bytes": Cache(model.config, 1, capacity, dtype, "meta").bytes,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weight_bytes": weight_bytes(model),
     }
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemstill.core.errors import Error
 from gemstill.ops.loss import (
     Backward,
     linear_cross_entropy,
@@ -21,28 +22,31 @@ from gemstill.ops.loss import (
     linear_reverse_kl,
     log_probs,
 )
+from gemstill.ops.packed import Packed, Weight
 from gemstill.ops.target import OnlineTarget, Target
 
-Readout = Callable[[Tensor, Tensor, float | None], Any]
+Readout = Callable[[Tensor, Weight, float | None], Any]
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
 ROWS = 1 << 13  # of a head that is cast, at once
 
 
-def logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+def logits(hidden: Tensor, head: Weight, softcap: float | None) -> Tensor:
     """The logits [B, T, V] of every position, capped; float32, or float64 for float64."""
     out = _projected(hidden, head)
     out = out if out.dtype == torch.float64 else out.float()
     return out if softcap is None else softcap * torch.tanh(out / softcap)
 
 
-def _projected(hidden: Tensor, head: Tensor) -> Tensor:
+def _projected(hidden: Tensor, head: Weight) -> Tensor:
+    if isinstance(head, Packed):
+        return head.linear(hidden)
     if head.dtype == hidden.dtype or torch.is_grad_enabled():
         return F.linear(hidden, head.to(hidden.dtype))
     # The head is the largest matrix; cast as a whole it would lie in memory twice.
     return torch.cat([F.linear(hidden, rows.to(hidden.dtype)) for rows in torch.split(head, ROWS)], -1)
 
 
-def last_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+def last_logits(hidden: Tensor, head: Weight, softcap: float | None) -> Tensor:
     """The logits [B, V] of the last position of each row."""
     return logits(hidden[:, -1], head, softcap)
 
@@ -68,9 +72,11 @@ class Loss:
     beta: float = 0.5
     compiled: bool = False
 
-    def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    def __call__(self, hidden: Tensor, head: Weight, softcap: float | None) -> Tensor:
         flat, t = hidden.flatten(0, 1), self.temperature
         if isinstance(self.target, OnlineTarget) and len(self.target.head) < len(head):
+            if isinstance(head, Packed):
+                raise Error("a quantized head has rows of padding that its teacher has not", where="model")
             head = head[: len(self.target.head)]  # the rest is padding
         how: dict[str, Any] = {"softcap": softcap, "backward": self.backward, "seed": self.seed}
         if t == 1 or self.hard is None:
@@ -82,7 +88,7 @@ class Loss:
         known: Tensor = linear_cross_entropy(flat, head, hard, compiled=self.compiled, **how)
         return loss + fraction * known
 
-    def _to_target(self, hidden: Tensor, head: Tensor, how: dict[str, Any]) -> Tensor:
+    def _to_target(self, hidden: Tensor, head: Weight, how: dict[str, Any]) -> Tensor:
         target: Any = self.target
         how = how | {"temperature": self.temperature}
         loss: Tensor
@@ -101,5 +107,5 @@ class LogProbs:
 
     ids: Tensor
 
-    def __call__(self, hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    def __call__(self, hidden: Tensor, head: Weight, softcap: float | None) -> Tensor:
         return log_probs(hidden.flatten(0, 1), head, self.ids.flatten(), softcap=softcap).view(self.ids.shape)

@@ -22,6 +22,7 @@ from gemstill.model.readout import Readout, logits
 from gemstill.model.slots import SlotLayerView, SlotView
 from gemstill.ops.attention import Mask, attention, make_mask
 from gemstill.ops.fused import geglu, joint_linear, rms_norm, rotate, rotated_heads, split_heads
+from gemstill.ops.packed import Packed, no_training
 
 
 class RMSNorm(nn.Module):
@@ -51,6 +52,10 @@ class _Linear(nn.Linear):
 class _Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Nothing, as in `_Linear`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight: Any = self.weight
+        return weight.gather(tokens) if isinstance(weight, Packed) else super().forward(tokens)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -169,6 +174,12 @@ class Transformer(nn.Module):
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+
+    def train(self, mode: bool = True) -> Transformer:
+        """As every module's. Raises Error for a quantized model, which is not trained."""
+        if mode and isinstance(self.embed_tokens.__dict__.get("weight"), Packed):
+            raise no_training()
+        return super().train(mode)
 
     def compile_blocks(self) -> None:
         """Train on compiled blocks: one graph for local and one for global layers, not one a layer.

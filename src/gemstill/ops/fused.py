@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemstill.ops.native import kernels
+from gemstill.ops.packed import Weight, packed_linear
 
 Angles = tuple[Tensor, Tensor]  # cosines and sines [B or 1, 1, T, d/2] float32
 
@@ -46,18 +47,21 @@ def geglu(joint: Tensor) -> Tensor:
     return (wide * torch.sigmoid(2 * u) * up).to(joint.dtype)
 
 
-def joint_linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """Several linear maps of the same x: x [..., I], weights [O, I] of any dtype -> [..., ΣO], in x's dtype.
+def joint_linear(x: Tensor, *weights: Weight) -> Tensor:
+    """Several linear maps of the same x: x [..., I], weights [O, I] of any dtype, or packed -> [..., ΣO], in x's dtype.
 
     With gradients they are one product: the weights are cast to x's dtype, which makes a joint matrix anyway.
     """
+    plain = [weight for weight in weights if isinstance(weight, Tensor)]
+    if len(plain) < len(weights):
+        return packed_linear(x, *weights)
     if not torch.is_grad_enabled():  # to copy the weights would take as long as a few tokens' products
-        parts = [F.linear(x, weight.to(x.dtype)) for weight in weights]
+        parts = [F.linear(x, weight.to(x.dtype)) for weight in plain]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if kernels(x) is not None:
-        out: Tensor = _JointLinear.apply(x, *weights)  # type: ignore[no-untyped-call]
+        out: Tensor = _JointLinear.apply(x, *plain)  # type: ignore[no-untyped-call]
         return out
-    cast = [weight.to(x.dtype) for weight in weights]
+    cast = [weight.to(x.dtype) for weight in plain]
     return F.linear(x, cast[0] if len(cast) == 1 else torch.cat(cast))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemstill.ops.attention import tanh
 from gemstill.ops.native import kernels
+from gemstill.ops.packed import Packed, Weight
 from gemstill.ops.target import OnlineTarget
 
 TILE = 1 << 22  # elements that plain operations make temporaries of at once
@@ -213,8 +214,11 @@ class Online:
         return self.beta * forward + (1 - self.beta) * reverse, (1 - self.beta) * q * (ratio - reverse)
 
 
-def product(x: Tensor, head: Tensor, out: Tensor) -> Tensor:
+def product(x: Tensor, head: Weight, out: Tensor) -> Tensor:
     """out [n, V] = x·headᵀ in the dtype of x [n, D]; a head of another dtype is cast a part at a time."""
+    if isinstance(head, Packed):
+        head.linear(x, out)
+        return out
     if head.dtype == x.dtype:
         return torch.mm(x, head.T, out=out)
     for part in cut(len(head), CAST // head.shape[1]):

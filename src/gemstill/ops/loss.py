@@ -10,6 +10,7 @@ from torch import Tensor
 from gemstill.core.errors import Error
 from gemstill.ops.logits import Cap, Kind, Online, Sparse, wide
 from gemstill.ops.native import kernels
+from gemstill.ops.packed import Weight
 from gemstill.ops.products import Job, Loss, walk
 from gemstill.ops.target import IGNORED, OnlineTarget, Target
 
@@ -21,7 +22,7 @@ ROUNDING = 1e-6  # what float32 probabilities may lack of 1 without a rest
 
 def linear_cross_entropy(
     hidden: Tensor,
-    head: Tensor,
+    head: Weight,
     target: Target | OnlineTarget,
     *,
     softcap: float | None = None,
@@ -68,7 +69,7 @@ def linear_cross_entropy(
 
 def linear_reverse_kl(
     hidden: Tensor,
-    head: Tensor,
+    head: Weight,
     target: OnlineTarget,
     *,
     softcap: float | None = None,
@@ -96,7 +97,7 @@ def linear_reverse_kl(
 
 def linear_jensen_shannon(
     hidden: Tensor,
-    head: Tensor,
+    head: Weight,
     target: OnlineTarget,
     *,
     beta: float = 0.5,
@@ -126,7 +127,7 @@ def linear_jensen_shannon(
     return _reduced(hidden, head, job, weight, reduction, _seed(backward, seed))
 
 
-def log_probs(hidden: Tensor, head: Tensor, ids: Tensor, *, softcap: float | None = None) -> Tensor:
+def log_probs(hidden: Tensor, head: Weight, ids: Tensor, *, softcap: float | None = None) -> Tensor:
     """log softmax(cap(hidden·headᵀ)) at one id a row: hidden [N, D], head [V, D], ids [N] -> [N]. No gradient."""
     with torch.no_grad():
         one = Sparse(ids[:, None], hidden.new_ones(len(ids), 1, dtype=torch.float32), None, 1, Cap(softcap), False)
@@ -142,7 +143,7 @@ def _dense(target: Target | OnlineTarget) -> OnlineTarget:
 
 def _rows(
     hidden: Tensor,
-    head: Tensor,
+    head: Weight,
     target: Target | OnlineTarget,
     weight: Tensor | None,
     hard: tuple[Tensor, float] | None,
@@ -221,7 +222,7 @@ def _seed(backward: str, seed: int) -> int | None:
     return seed if backward == "sampled" else None
 
 
-def _reduced(hidden: Tensor, head: Tensor, job: Job, weight: Tensor, reduction: str, seed: int | None) -> Any:
+def _reduced(hidden: Tensor, head: Weight, job: Job, weight: Tensor, reduction: str, seed: int | None) -> Any:
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(kind))

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from gemstill.ops.columns import Columns, choose
 from gemstill.ops.logits import CAST, Online, Sparse, cut, product, wide
+from gemstill.ops.packed import Packed, Weight, no_training
 
 ROWS = 512  # tokens whose raw logits are held at once, in the products' dtype
 ELEMENTS = 1 << 22  # of raw logits held at once, where a small vocabulary lets them be of more tokens
@@ -21,7 +22,7 @@ Job = Sparse | Online
 
 def walk(
     hidden: Tensor,
-    head: Tensor,
+    head: Weight,
     job: Job,
     weight: Tensor,
     want_hidden: bool,
@@ -32,12 +33,14 @@ def walk(
 
     seed: of the columns that are drawn; None takes all of them.
     """
+    if isinstance(head, Packed) and (want_hidden or want_head):
+        raise no_training()
     # A large one of another dtype is cast a part at a time: whole, it would lie in memory twice.
-    cast = head.to(hidden.dtype) if head.numel() <= CAST else head
+    cast = head.to(hidden.dtype) if isinstance(head, Tensor) and head.numel() <= CAST else head
     losses = hidden.new_zeros(len(hidden), dtype=wide(hidden.dtype))
     blocks = cut(len(hidden), _rows(hidden, head, job))
     d_hidden = torch.empty_like(hidden) if want_hidden else None
-    d_head = _HeadGradient(head, hidden.dtype, len(blocks)) if want_head else None
+    d_head = _HeadGradient(head, hidden.dtype, len(blocks)) if want_head and isinstance(head, Tensor) else None
     if blocks:
         raw = hidden.new_empty(max(rows.stop - rows.start for rows in blocks), len(head))
         spare = job.spare(raw)
@@ -48,6 +51,7 @@ def walk(
         if not (want_hidden or want_head):
             continue
         columns = None if seed is None else choose(g, seed + index)
+        assert isinstance(cast, Tensor)
         if d_hidden is not None:
             _from_columns(g, cast, columns, d_hidden[rows])
         if d_head is not None:
@@ -55,7 +59,7 @@ def walk(
     return losses, d_hidden, d_head.finished() if d_head else None
 
 
-def _rows(hidden: Tensor, head: Tensor, job: Job) -> int:
+def _rows(hidden: Tensor, head: Weight, job: Job) -> int:
     """How many tokens' logits are held at once."""
     rows = max(ROWS, ELEMENTS // len(head))
     if head.dtype == hidden.dtype != wide(hidden.dtype) and len(hidden) * job.sides <= rows + head.shape[1]:
@@ -135,14 +139,15 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, job: Job, weight: Tensor, reduce: bool, seed: int | None
+        ctx: Any, hidden: Tensor, head: Weight, job: Job, weight: Tensor, reduce: bool, seed: int | None
     ) -> Tensor:
         """hidden [N, D], head [V, D], weight [N] -> a scalar, or [N]."""
         want = ctx.needs_input_grad[:2] if reduce else (False, False)
         losses, *gradients = walk(hidden, head, job, weight, want[0], want[1], seed)
         ctx.gradients = gradients if reduce else None
         ctx.job, ctx.weight, ctx.seed = job, weight, seed
-        ctx.save_for_backward(hidden, head)
+        if isinstance(head, Tensor):  # a packed one has no way back
+            ctx.save_for_backward(hidden, head)
         return losses.sum() if reduce else losses
 
     @staticmethod
