@@ -51,16 +51,6 @@ def unpack(data: bytes) -> Seed:
     return Seed(known["name"], files, known["source"])
 
 
-def _case(data: bytes) -> Seed:
-    """The checkpoint of `pack`, or the bytes themselves: libFuzzer begins with none at all."""
-    from fuzz.seeds import Seed
-
-    try:
-        return unpack(data)
-    except (ValueError, KeyError):
-        return Seed("no checkpoint", {"input": data}, "input")
-
-
 def sweep(root: Path, good: list[Seed], seed: int, count: int) -> tuple[list[tuple[Seed, str]], str]:
     """Run `count` cases from `good` in a new process with its files in `root`.
 
@@ -88,9 +78,10 @@ def sweep(root: Path, good: list[Seed], seed: int, count: int) -> tuple[list[tup
                 os.killpg(worker.pid, signal.SIGKILL)  # whatever a case left running
     said = log.read_text(errors="replace")
     failed = [(unpack(path.read_bytes()), path.with_suffix(".txt").read_text()) for path in root.glob("failed/*.case")]
-    for path in root.glob("failed/*-*"):  # libFuzzer's own: crash-…, timeout-…, oom-…
-        if path.suffix == "":
-            failed.append((_case(path.read_bytes()), f"{said[-3000:]}\n{path.name}"))
+    ended = [
+        path for path in root.glob("failed/*-*") if path.suffix == ""
+    ]  # libFuzzer's own: crash-…, timeout-…, oom-…
+    failed += [(unpack(path.read_bytes()), f"{path.name}\n{said[-3000:]}") for path in ended]
     if status and not failed:
         raise RuntimeError(f"the guided process failed\n{said[-3000:]}")
     covered = re.findall(r"#(\d+)\s+(?:DONE|NEW|REDUCE|pulse).*?cov: (\d+) .*?corp: (\d+)", said)

@@ -88,6 +88,13 @@ inline float within(float x, float low, float high) {
   return x > high ? high : x;
 }
 
+// sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): times x, the tanh form of gelu.
+template <bool precise>
+inline float sigmoid_of(float x) {
+  const float u = x * (-1.5957691216f - 0.0713548163f * x * x);
+  return 1.0f / (1.0f + exponential<precise>(within(u, -87.0f, 88.0f)));
+}
+
 struct Cap {  // z = c tanh(x/c) / t and dz/dx; without a cap, z = x / t
   float cap, twice_inverse, scale;
   explicit Cap(double c, double t = 1.0)

@@ -237,14 +237,7 @@ void heads(Tensor joint, Tensor cos, Tensor sin, Tensor q, Tensor k, Tensor v, d
 
 // --------------------------------------------------------------------------------------------------- GeGLU
 
-// joint [N, 2 I] T holds gate and up; out [N, I] T = gelu(gate) up, with the tanh form of gelu:
-// gelu(x) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
-template <bool precise>
-inline float sigmoid_of(float x) {
-  const float u = x * (-1.5957691216f - 0.0713548163f * x * x);
-  return 1.0f / (1.0f + exponential<precise>(within(u, -87.0f, 88.0f)));
-}
-
+// joint [N, 2 I] T holds gate and up; out [N, I] T = gelu(gate) up, gelu(x) = x sigmoid_of(x).
 void geglu(Tensor joint, Tensor out) {
   const int64_t I = out.size(-1), N = out.numel() / I;
   by_dtype(out, [&](auto kind) {

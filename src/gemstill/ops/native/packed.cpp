@@ -79,7 +79,13 @@ void Activations::take(const float* x, int64_t begin, int64_t end) {
         std::copy(from, from + K, to);
         continue;
       }
-      for (int64_t k = 0; k < K; k++) to[k / BLOCK * BLOCK + k % 2 * (BLOCK / 2) + k % BLOCK / 2] = from[k];
+      for (int64_t b = 0; b < K / BLOCK; b++) {
+        for (int64_t k = 0; k < BLOCK / 2; k++) {
+          to[b * BLOCK + k] = from[b * BLOCK + 2 * k];
+          to[b * BLOCK + BLOCK / 2 + k] = from[b * BLOCK + 2 * k + 1];
+        }
+      }
+      for (int64_t k = K / BLOCK * BLOCK; k < K; k++) to[k / BLOCK * BLOCK + k % 2 * (BLOCK / 2) + k % BLOCK / 2] = from[k];
       continue;
     }
     for (int64_t b = 0; b < blocks; b++) {

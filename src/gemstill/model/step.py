@@ -1,0 +1,127 @@
+"""The next tokens of a few texts in one native call, with no Python between the layers."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gemstill.core.errors import Error
+from gemstill.model.slots import SlotCache
+from gemstill.model.transformer import Transformer
+from gemstill.ops.native import DTYPES, kernels
+from gemstill.ops.packed import FEW, Packed
+
+PLAIN = -1  # the kind of a weight that is a tensor: its dtype says the rest
+_BLOCK = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
+    "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "pre_feedforward_layernorm", "mlp.gate_proj",
+    "mlp.up_proj", "mlp.down_proj", "post_feedforward_layernorm",
+)  # fmt: skip
+
+
+class Step:
+    """Steps of `model` over the texts of `cache`, a few tokens at a time.
+
+    Weights are read where they lie, anew in each step, so a model in training or replaced parameters are followed.
+    Activations are float32 throughout, whatever the model's compute dtype: the answer is that of the float32 network
+    with the stored weights, up to rounding (float32's, and that of keys and values to the cache's dtype). Only the
+    embedding's scale is rounded to the compute dtype, as in Transformer.forward.
+
+    >>> step = Step(model, cache)                        # doctest: +SKIP
+    >>> logits = step([12, 97, 4], slots=[0, 2, 3])      # the next token of three texts  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Transformer, cache: SlotCache) -> None:
+        self.model, self.cache = model, cache
+        config = model.config
+        self._windows = [config.sliding_window if config.is_local(n) else 0 for n in range(config.num_layers)]
+        self._shape = [
+            config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
+            config.vocab_size, config.num_layers, int(config.qk_norm), int(not config.tie_embeddings),
+        ]  # fmt: skip
+        thetas = (config.rope_theta, config.rope_local_theta or config.rope_theta)
+        even = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        self._frequencies = torch.stack([theta**-even for theta in thetas])
+        modules = [model.embed_tokens, *(part for layer in model.layers for part in _parts(layer)), model.norm]
+        self._modules = modules if model.lm_head is None else [*modules, model.lm_head]
+        # The threads of a step wait for one another, so all must run at once, which only OpenMP's are sure to do.
+        self._together = "backend: OpenMP" in torch.__config__.parallel_info()
+        self._known: list[Any] = []  # the weights of the last step
+        self._tensors: list[Tensor] = []
+        self._kinds: list[int] = []
+
+    def __call__(
+        self, tokens: Sequence[int], slots: Sequence[int], wanted: Sequence[int] | None = None
+    ) -> Tensor | None:
+        """Feed token tokens[i] to the text in slots[i], and count it as held.
+
+        A slot that is named several times takes these tokens one after the other. wanted: which of the tokens' logits
+        are asked for, all by default.
+
+        Returns logits [len(wanted), V] float32; None, and nothing is done, where this cannot be computed natively:
+        more than 16 tokens, no kernels, another device, weights or a cache of another dtype than float32 and
+        bfloat16 or packed ones. Then Transformer.forward on cache.view(…) is the way.
+
+        Raises:
+            Error: a slot would hold more tokens than its capacity.
+            RuntimeError: a token outside the vocabulary.
+        """
+        cache = self.cache
+        sound = self._together and 0 < len(tokens) <= FEW and cache.dtype in DTYPES
+        if not sound or kernels(cache.layers[0].keys) is None:
+            return None
+        ends: dict[int, int] = {}
+        positions = []
+        for slot in slots:
+            positions.append(ends.get(slot, cache.lengths[slot]))
+            ends[slot] = positions[-1] + 1
+        if max(ends.values()) > cache.capacity:
+            raise Error(f"{max(ends.values())} tokens do not fit a cache of {cache.capacity}", where="model")
+        memory = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        rows = torch.tensor([list(tokens), list(slots), positions])
+        asked = list(range(len(tokens)) if wanted is None else wanted)
+        logits = torch.empty(len(asked), self.model.config.vocab_size)
+        with torch.no_grad():
+            done = self._look() and torch.ops.gemstill.step(
+                self._tensors, self._kinds, memory, self._windows, self._frequencies, self._shape,
+                self._constants(), rows, asked, logits,
+            )  # fmt: skip
+        if not done:
+            return None
+        for slot, end in ends.items():
+            cache.advance(slot, end - cache.lengths[slot])
+        return logits
+
+    def _constants(self) -> list[float]:
+        config, weight = self.model.config, self._known[0]
+        dtype = self.model.compute_dtype or (torch.float32 if isinstance(weight, Packed) else weight.dtype)
+        scale = float(torch.tensor(math.sqrt(config.hidden_size), dtype=dtype))
+        caps = (config.attn_logit_softcap or 0.0, config.final_logit_softcap or 0.0)
+        return [config.rms_norm_eps, scale, config.query_pre_attn_scalar**-0.5, *caps]
+
+    def _look(self) -> bool:
+        """Take note of all weights as they are now; False where one is no tensor of the ordinary kind."""
+        found = [_weight(module) for module in self._modules]
+        if len(found) != len(self._known) or not all(map(operator.is_, found, self._known)):
+            self._known = found
+            self._tensors = [weight.data if isinstance(weight, Packed) else weight for weight in found]
+            self._kinds = [weight.order.number if isinstance(weight, Packed) else PLAIN for weight in found]
+        return all(type(weight) in (Tensor, Parameter) for weight in self._tensors)
+
+
+def _weight(module: Any) -> Any:
+    # A module's own look-up takes ten times as long, and there are hundreds of weights.
+    weight = module._parameters.get("weight")
+    return module.weight if weight is None else weight
+
+
+def _parts(layer: torch.nn.Module) -> list[Any]:
+    """The modules of a block that have weights, in the order in which native/step.cpp reads them."""
+    named = dict(layer.named_modules())
+    return [named[name] for name in _BLOCK if name in named]

@@ -1,0 +1,253 @@
+// The next tokens of a few texts in one call: embedding, layers, head; ops of model/step.py.
+
+#include "step_network.h"
+
+namespace gemstill {
+
+// x = the scaled embedding; the angles of all positions.
+void Step::begin(int64_t own) {
+  const int64_t D = net_.D, half = net_.d / 2;
+  each(own, rows_.n, [&](int64_t m) {
+    float* x = x_.data() + m * D;
+    row_of(net_.embedding, rows_.tokens[m], x);
+    for (int64_t j = 0; j < D; j++) x[j] *= float(net_.embedding_scale);
+    for (int64_t i = 0; i < 2 * half; i++) {
+      const float angle = float(rows_.positions[m]) * net_.frequencies[i];
+      float* turn = turns_.data() + (2 * m + i / half) * net_.d + i % half;
+      turn[0] = std::cos(angle);
+      turn[half] = std::sin(angle);
+    }
+  });
+}
+
+// joint = queries, keys and values of norm(x).
+void Step::project(int64_t own, const Layer& layer) {
+  const int64_t D = net_.D, width = (net_.H + 2 * net_.G) * net_.d;
+  each(own, rows_.n, [&](int64_t m) {
+    norm<false>(x_.data() + m * D, layer.input, D, net_.eps, normed_.data() + m * D);
+    attention_in_.take(normed_.data(), m);
+  });
+  each_rows(own, {&layer.q, &layer.k, &layer.v}, [&](const Matrix& matrix, int64_t begin, int64_t end) {
+    const int64_t before = &matrix == &layer.q ? 0 : &matrix == &layer.k ? layer.q.N : layer.q.N + layer.k.N;
+    multiply(matrix, attention_in_(matrix), begin, end, joint_.data() + before + begin, width);
+  });
+}
+
+// Normalises and turns one head of token m, of queries, keys or values; keys and values go where they are kept.
+template <class T>
+void Step::place_head(const Layer& layer, int64_t m, int64_t head) {
+  const int64_t d = net_.d, half = d / 2, H = net_.H, G = net_.G;
+  float* x = joint_.data() + (m * (H + 2 * G) + head) * d;
+  const bool query = head < H, value = head >= H + G;
+  if (net_.qk_norm && !value) norm<false>(x, query ? layer.q_norm : layer.k_norm, d, net_.eps, x);
+  if (!value) {
+    const float* turn = turns_.data() + (2 * m + layer.local) * d;
+    const float scale = query ? float(net_.query_scale) : 1.0f;
+    for (int64_t i = 0; i < half; i++) {
+      const float a = x[i], b = x[half + i];
+      x[i] = (a * turn[i] - b * turn[half + i]) * scale;
+      x[half + i] = (b * turn[i] + a * turn[half + i]) * scale;
+    }
+  }
+  if (query) {
+    return order<T>(x, d, queries_.data() + (m * H + head) * d);
+  }
+  const int64_t group = (head - H) % G, index = rows_.positions[m] % layer.size;
+  T* to = static_cast<T*>(value ? layer.values : layer.keys) + ((rows_.slots[m] * G + group) * layer.size + index) * d;
+  for (int64_t k = 0; k < d; k++) store(to[k], x[k]);
+}
+
+// x += norm(o(attention)).
+template <class T>
+void Step::attend_to_all(int64_t own, const Layer& layer) {
+  const int64_t n = rows_.n, D = net_.D, H = net_.H, G = net_.G, d = net_.d, R = H / G;
+  each(own, n * (H + 2 * G), [&](int64_t i) { place_head<T>(layer, i / (H + 2 * G), i % (H + 2 * G)); });
+
+  std::vector<int64_t> firsts{0};  // part number of each token
+  const auto seen = [&](int64_t m) { return std::min(rows_.positions[m] + 1, layer.window); };
+  for (int64_t m = 0; m < n; m++) {
+    const int64_t size = part_of(seen(m));
+    firsts.push_back(firsts.back() + (seen(m) + size - 1) / size);
+  }
+  each(own, firsts.back() * G, [&](int64_t i) {
+    const int64_t part = i / G, g = i % G;
+    const int64_t m = std::upper_bound(firsts.begin(), firsts.end(), part) - firsts.begin() - 1;
+    const int64_t size = part_of(seen(m)), start = rows_.positions[m] + 1 - seen(m) + (part - firsts[m]) * size;
+    const int64_t count = std::min(size, rows_.positions[m] + 1 - start);
+    const int64_t from = (rows_.slots[m] * G + g) * layer.size * d, at = part * H + g * R;
+    const Ring keys{static_cast<T*>(layer.keys) + from, layer.size, d};
+    const Ring values{static_cast<T*>(layer.values) + from, layer.size, d};
+    attend_all<T>(R, queries_.data() + (m * H + g * R) * d, keys, values, start, count, net_.softcap,
+                  partials_.data() + at, parts_.data() + at * d);
+  });
+  each(own, n, [&](int64_t m) {
+    for (int64_t h = 0; h < H; h++) {
+      const int64_t at = firsts[m] * H + h;
+      combine<T>(partials_.data() + at, parts_.data() + at * d, H, firsts[m + 1] - firsts[m], d,
+                 queries_.data() + (m * H + h) * d, attended_.data() + (m * H + h) * d);
+    }
+    attention_out_.take(attended_.data(), m);
+  });
+  each_rows(own, {&layer.o}, [&](const Matrix& o, int64_t begin, int64_t end) {
+    multiply(o, attention_out_(o), begin, end, out_.data() + begin, D);
+  });
+}
+
+// x += norm(attention's out), then x += norm(down(gelu(gate) up)) of the norm of that.
+void Step::feed_forward(int64_t own, const Layer& layer) {
+  const int64_t n = rows_.n, D = net_.D, I = net_.I;
+  each(own, n, [&](int64_t m) {
+    float* x = x_.data() + m * D;
+    norm<true>(out_.data() + m * D, layer.post_attention, D, net_.eps, x);
+    norm<false>(x, layer.pre_feedforward, D, net_.eps, normed_.data() + m * D);
+    feed_forward_in_.take(normed_.data(), m);
+  });
+  each_rows(own, {&layer.gate}, [&](const Matrix& gate, int64_t begin, int64_t end) {
+    multiply(gate, feed_forward_in_(gate), begin, end, gate_.data() + begin, I);
+    multiply(layer.up, feed_forward_in_(layer.up), begin, end, hidden_.data() + begin, I);
+    for (int64_t m = 0; m < n; m++) {
+      const float* x = gate_.data() + m * I;
+      float* y = hidden_.data() + m * I;
+#pragma omp simd
+      for (int64_t j = begin; j < end; j++) y[j] *= x[j] * sigmoid_of<true>(x[j]);
+    }
+  });
+  each(own, n, [&](int64_t m) { feed_forward_out_.take(hidden_.data(), m); });
+  each_rows(own, {&layer.down}, [&](const Matrix& down, int64_t begin, int64_t end) {
+    multiply(down, feed_forward_out_(down), begin, end, out_.data() + begin, D);
+  });
+  each(own, n, [&](int64_t m) {
+    norm<true>(out_.data() + m * D, layer.post_feedforward, D, net_.eps, x_.data() + m * D);
+  });
+}
+
+// The logits of the tokens that were asked for.
+void Step::end(int64_t own) {
+  const int64_t count = int64_t(rows_.wanted.size()), D = net_.D, V = net_.V;
+  if (count == 0) return;
+  each(own, count, [&](int64_t i) {
+    norm<false>(x_.data() + rows_.wanted[i] * D, net_.norm, D, net_.eps, normed_.data() + i * D);
+    head_in_.take(normed_.data(), i);
+  });
+  const Cap cap(net_.final_softcap);
+  each_rows(own, {&net_.head}, [&](const Matrix& head, int64_t begin, int64_t end) {
+    multiply(head, head_in_(head), begin, end, logits_ + begin, V);
+    if (net_.final_softcap <= 0) return;
+    for (int64_t i = 0; i < count; i++) {
+      float* row = logits_ + i * V;
+      float slope;
+#pragma omp simd private(slope)
+      for (int64_t j = begin; j < end; j++) row[j] = value<true, true>(row[j], cap, slope);
+    }
+  });
+}
+
+}  // namespace gemstill
+
+namespace {
+
+using namespace gemstill;
+
+// The weights, in the order of model/step.py; kinds: below 0 for a tensor of floats.
+class Reader {
+ public:
+  Reader(const std::vector<Tensor>& weights, const std::vector<int64_t>& kinds) : weights_(weights), kinds_(kinds) {}
+
+  Gain gain(int64_t size) {
+    const Matrix found = matrix(1, size);
+    readable = readable && is_plain(found.kind);
+    return {found.data, found.kind == Kind::float32};
+  }
+  Matrix matrix(int64_t N, int64_t K) {
+    const Tensor& x = weights_[at_];
+    const int64_t packed = kinds_[at_++];
+    if (packed >= 0) return {Kind(packed), pointer<uint8_t>(x), N, K};
+    const bool wide = x.scalar_type() == torch::headeronly::ScalarType::Float;
+    const bool narrow = x.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+    readable = readable && (wide || narrow) && x.is_cpu() && x.is_contiguous() && x.numel() == N * K;
+    return {wide ? Kind::float32 : Kind::bfloat16, pointer<uint8_t>(x), N, K};
+  }
+
+  bool readable = true;  // all that were read can be, where they lie
+
+ private:
+  const std::vector<Tensor>& weights_;
+  const std::vector<int64_t>& kinds_;
+  size_t at_ = 0;
+};
+
+// shape: D, I, H, G, d, V, layers, and whether there are qk norms and a head of its own. constants: eps, the scales of
+// embedding and queries, soft caps or 0 of attention and logits. cache: keys and values [slots, G, size, d] of each
+// layer; windows: of each layer, 0 for a global one.
+Network network_of(Reader& read, const std::vector<Tensor>& cache, const std::vector<int64_t>& windows,
+                   const Tensor& frequencies, const std::vector<int64_t>& shape,
+                   const std::vector<double>& constants) {
+  Network N{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
+  const int64_t layers = shape[6], D = N.D, heads = N.H * N.d, groups = N.G * N.d;
+  N.qk_norm = shape[7];
+  N.wide_cache = cache[0].scalar_type() == torch::headeronly::ScalarType::Float;
+  N.eps = constants[0];
+  N.embedding_scale = constants[1];
+  N.query_scale = constants[2];
+  N.softcap = constants[3];
+  N.final_softcap = constants[4];
+  N.frequencies = pointer<float>(frequencies);
+  N.embedding = read.matrix(N.V, D);
+  for (int64_t i = 0; i < layers; i++) {
+    Layer layer{};
+    layer.input = read.gain(D);
+    layer.q = read.matrix(heads, D);
+    layer.k = read.matrix(groups, D);
+    layer.v = read.matrix(groups, D);
+    if (N.qk_norm) {
+      layer.q_norm = read.gain(N.d);
+      layer.k_norm = read.gain(N.d);
+    }
+    layer.o = read.matrix(D, heads);
+    layer.post_attention = read.gain(D);
+    layer.pre_feedforward = read.gain(D);
+    layer.gate = read.matrix(N.I, D);
+    layer.up = read.matrix(N.I, D);
+    layer.down = read.matrix(D, N.I);
+    layer.post_feedforward = read.gain(D);
+    layer.keys = cache[2 * i].data_ptr();
+    layer.values = cache[2 * i + 1].data_ptr();
+    layer.size = cache[2 * i].size(2);
+    layer.local = windows[i] > 0;
+    layer.window = layer.local ? windows[i] : layer.size;
+    N.layers.push_back(layer);
+  }
+  N.norm = read.gain(D);
+  N.head = shape[8] ? read.matrix(N.V, D) : N.embedding;
+  return N;
+}
+
+// rows: [3, n] int64: tokens, slots, positions. logits: [wanted, V] float. False, and nothing is done, where a weight
+// cannot be read in its place.
+bool step(std::vector<Tensor> weights, std::vector<int64_t> kinds, std::vector<Tensor> cache,
+          std::vector<int64_t> windows, Tensor frequencies, std::vector<int64_t> shape, std::vector<double> constants,
+          Tensor rows, std::vector<int64_t> wanted, Tensor logits) {
+  Reader read(weights, kinds);
+  const Network network = network_of(read, cache, windows, frequencies, shape, constants);
+  if (!read.readable) return false;
+  const int64_t n = rows.size(1);
+  const int64_t* data = pointer<int64_t>(rows);
+  for (int64_t m = 0; m < n; m++) {
+    STD_TORCH_CHECK(data[m] >= 0 && data[m] < network.V, "a token outside the vocabulary");
+    STD_TORCH_CHECK(data[n + m] >= 0 && data[n + m] < cache[0].size(0), "no such slot");
+  }
+  const Rows these{n, data, data + n, data + 2 * n, wanted};
+  const int64_t threads = torch::stable::get_num_threads();
+  Step job(network, these, pointer<float>(logits), threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { job.run(end - begin); });
+  return true;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gemstill, m) {
+  m.def("step(Tensor[] weights, int[] kinds, Tensor[] cache, int[] windows, Tensor frequencies, int[] shape, "
+        "float[] constants, Tensor rows, int[] wanted, Tensor(a!) logits) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gemstill, CPU, m) { m.impl("step", TORCH_BOX(&step)); }
