@@ -70,6 +70,8 @@ def test_every_module_and_public_name_says_what_it_is(file: Path) -> None:
     assert ast.get_docstring(tree) is not None, "the module has no docstring"
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if any(ast.unparse(mark) == "overload" for mark in node.decorator_list):
+                continue  # a declaration; what follows it says what it is
             assert ast.get_docstring(node) is not None, f"{node.name} has no docstring"
 
 

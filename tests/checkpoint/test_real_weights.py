@@ -22,9 +22,9 @@ from torch import Tensor
 from gemstill.checkpoint.gguf import load_gguf, save_gguf
 from gemstill.checkpoint.huggingface import save_folder
 from gemstill.core.errors import Error
+from gemstill.infer.engine import Engine
 from gemstill.infer.generate import Generation, Limits, stop_ids
 from gemstill.infer.sampling import Sampling
-from gemstill.infer.session import Session
 from tests.checkpoint.real import WINDOW, WINDOWS, Answers, distance, divergence, logprobs, prose, windows
 
 pytestmark = [pytest.mark.real_weights, pytest.mark.filterwarnings("ignore:.*rounds activations")]
@@ -67,7 +67,7 @@ def continuations(opened) -> list[Continuation]:
     ids, found = prose(tokenizer), []
     for number, length in enumerate(LENGTHS):
         prompt = [tokenizer.bos_id, *ids[number * 450 :][: length - 1]]
-        text = Generation(Session(model), tokenizer, prompt, Sampling(temperature=0.0), Limits(NEW))
+        text = Generation(Engine(model), tokenizer, prompt, Sampling(temperature=0.0), Limits(NEW))
         tokens = list(text.ids())
         found.append(Continuation(prompt, tokens, text.ended == "end"))
     assert sum(len(item.tokens) for item in found) > 0.9 * NEW * len(found)

@@ -18,6 +18,7 @@ from gemstill.core.terminal import printable
 from gemstill.infer.chat import plan
 from gemstill.infer.config import ChatConfig
 from gemstill.infer.lines import Piped, history_file, is_open, unquoted
+from gemstill.model.slots import SPARE
 from tests.infer.networks import SMALL, network
 from tests.infer.terminal import Terminal
 from tests.model.tokenizers import small_tokenizer
@@ -180,9 +181,10 @@ def test_wrong_input(folder: Path, capsys: pytest.CaptureFixture[str], words: li
 
 
 def test_plan(folder: Path) -> None:
-    figures = plan(ChatConfig(source=str(folder), context=100))
-    assert figures["context_tokens"] == 100
-    assert figures["cache_bytes_at_most"] == 2 * 4 * 2 * 16 * (100 + 4 + 4)  # k and v, float32, heads, width, slots
+    figures = plan(ChatConfig(source=str(folder), context=1000))
+    assert figures["context_tokens"] == 1000
+    kept = 1000 + 2 * (4 + SPARE)  # tokens of one global layer and two local ones
+    assert figures["cache_bytes_at_most"] == 2 * 4 * 2 * 16 * kept  # k and v, float32, heads, width
 
 
 def test_triple_quotes() -> None:

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 
 from gemstill.core.errors import Error
+from gemstill.infer import engine as room
 from gemstill.infer.conversation import Conversation, read_turns
+from gemstill.infer.engine import Engine
 from gemstill.infer.generate import Generation, Limits
 from gemstill.infer.sampling import Sampling
-from gemstill.infer.session import Session
 from gemstill.text.turns import encode_turns
 from tests.infer.networks import SMALL, SMALL3, lean, network, plain
 from tests.model.reference import name_of
@@ -35,7 +36,7 @@ def test_later_turns_prefill_only_what_is_new_and_answer_as_from_a_fresh_start(c
     for text in ("def area", "width * height", "# 東京 🙂"):
         answer = say(conversation, text)
         reply = conversation.reply
-        fresh = Generation(Session(conversation.session.model), small_tokenizer(), reply.prompt, Sampling(), Limits(12))
+        fresh = Generation(Engine(conversation.engine.model), small_tokenizer(), reply.prompt, Sampling(), Limits(12))
         assert "".join(fresh) == answer
         assert [token.id for token in fresh.tokens] == [token.id for token in reply.tokens]
         if before:
@@ -100,11 +101,12 @@ def test_a_stopped_answer_stays_as_far_as_it_came():
     assert conversation.reply.prefilled < len(conversation.reply.prompt)
 
 
-def test_a_turn_stopped_before_its_first_token_is_not_kept():
+def test_a_turn_stopped_before_its_first_token_is_not_kept(monkeypatch):
+    monkeypatch.setattr(room, "CHUNK", 4)
     conversation = talk()
-    pieces = conversation.say("def")
-    conversation.session.feed = lambda *_: None  # cancelled on the way through the prompt
-    assert list(pieces) == []
+    conversation.engine.model.layers[0].register_forward_hook(lambda *_: conversation.stop())  # on the way through it
+    assert list(conversation.say("def")) == []
+    assert conversation.reply.prefilled == 4
     assert conversation.messages == []
 
 

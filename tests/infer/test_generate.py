@@ -9,15 +9,31 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from gemstill.core.errors import Error
-from gemstill.infer import session as session_room
+from gemstill.infer import engine as room
+from gemstill.infer.engine import Engine
 from gemstill.infer.generate import Generation, Limits, generate, prompt_ids, stop_ids, stream
-from gemstill.infer.pieces import until, whole_text
+from gemstill.infer.pieces import Until, WholeText
 from gemstill.infer.sampling import Sampling
-from gemstill.infer.session import Session
+from gemstill.model import step as step_room
 from gemstill.text.turns import encode_turns
 from tests.infer.networks import SMALL, SMALL3, TIED, VOCAB, lean, network
 from tests.model.reference import copy_of, name_of
 from tests.model.tokenizers import TEXT, small_tokenizer
+
+
+def whole_text(tokenizer, ids):
+    """The pieces that WholeText makes of ids."""
+    text = WholeText(tokenizer)
+    pieces = [*map(text.push, ids), text.rest()]
+    return [piece for piece in pieces if piece]
+
+
+def until(pieces, stop):
+    """The pieces that Until makes of pieces, and whether it found a stop string."""
+    text = Until(stop)
+    shown = [*map(text.push, pieces), text.rest()]
+    return [piece for piece in shown if piece], text.found
+
 
 PROMPTS = ["", "def area", TEXT[3][:40], "# 東京 🙂 straße"]
 greedy = {"max_new_tokens": 24, "temperature": 0.0}
@@ -25,7 +41,7 @@ greedy = {"max_new_tokens": 24, "temperature": 0.0}
 
 def generate_ids(model, tokenizer, ids, *, max_new_tokens=128, **options):
     """The ids alone that are generated after `ids`."""
-    return Generation(Session(model), tokenizer, ids, Sampling(**options), Limits(max_new_tokens)).ids()
+    return Generation(Engine(model), tokenizer, ids, Sampling(**options), Limits(max_new_tokens)).ids()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -47,7 +63,7 @@ def test_a_prompt_longer_than_a_chunk(monkeypatch):
     model, tokenizer = network(), small_tokenizer()
     ids = prompt_ids(tokenizer, TEXT[0])
     expected = list(generate_ids(model, tokenizer, ids, **greedy))
-    monkeypatch.setattr(session_room, "CHUNK", 7)
+    monkeypatch.setattr(room, "CHUNK", 7)
     assert list(generate_ids(model, tokenizer, ids, **greedy)) == expected
 
 
@@ -84,8 +100,9 @@ def test_generation_stops_at_the_end(name):
     assert "" in outcomes
 
 
-def test_bos_exactly_once():
+def test_bos_exactly_once(monkeypatch):
     """Twice, when a template and the tokenizer both give it (llama-cpp-python#1561); never, when both leave it away."""
+    monkeypatch.setattr(step_room, "kernels", lambda _: None)  # so that all tokens go through the embedding's module
     model, tokenizer = network(), small_tokenizer()
     for prompt in (*PROMPTS, "<bos>def", "<bos><bos>"):
         seen = []
@@ -94,6 +111,34 @@ def test_bos_exactly_once():
         hook.remove()
         assert seen[0] == tokenizer.bos_id
         assert seen.count(tokenizer.bos_id) == 1
+
+
+def test_several_prompts_are_written_as_each_alone():
+    model, tokenizer = network(), small_tokenizer()
+    turns = [{"role": "user", "content": "def"}]
+    options = {"max_new_tokens": 12, "temperature": 2.0, "seed": 3}
+    for prompts in (PROMPTS, [turns, PROMPTS[1], turns], PROMPTS * 5):
+        alone = [generate(model, tokenizer, prompt, **options) for prompt in prompts]
+        assert generate(model, tokenizer, prompts, **options) == alone
+    stop = alone[1][3:6]
+    cut = [text.partition(stop)[0] for text in alone]
+    assert generate(model, tokenizer, PROMPTS * 5, stop=[stop], **options) == cut
+    with pytest.raises(Error, match="more than the model's context"):
+        generate(model, tokenizer, ["a", "abc " * 600])
+
+
+def test_a_generation_that_is_left_frees_its_slot():
+    model, tokenizer = network(), small_tokenizer()
+    engine = Engine(model, slots=1)
+    pieces = iter(Generation(engine, tokenizer, [2, 40], Sampling(), Limits(100)))
+    next(pieces)
+    pieces.close()
+    assert not engine.step()
+    later = Generation(engine, tokenizer, [2, 40], Sampling(), Limits(12))
+    assert "".join(later) == "".join(Generation(Engine(model), tokenizer, [2, 40], Sampling(), Limits(12)))
+    unwanted = Generation(engine, tokenizer, [2, 40], Sampling(), Limits(12))
+    unwanted.cancel()
+    assert (list(unwanted), unwanted.ended, unwanted.tokens) == ([], "cancelled", [])
 
 
 def test_seeds_and_temperature():
@@ -196,7 +241,7 @@ def test_bfloat16_generates():
 def test_streamed_pieces_are_whole_characters(text):
     tokenizer = small_tokenizer()
     ids = tokenizer.encode(text)
-    pieces = list(whole_text(tokenizer, iter(ids)))
+    pieces = whole_text(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids)
     if "\ufffd" not in tokenizer.decode(ids):
         assert not any("\ufffd" in piece for piece in pieces)
@@ -207,10 +252,10 @@ def test_broken_bytes_are_shown_and_end():
     """A model may write bytes that are no UTF-8: they come out as U+FFFD, and what follows still comes."""
     tokenizer = small_tokenizer()
     bad = [tokenizer.token_id("<0xFF>")] * 6
-    pieces = list(whole_text(tokenizer, iter([*bad, *tokenizer.encode("def")])))
+    pieces = whole_text(tokenizer, [*bad, *tokenizer.encode("def")])
     assert "".join(pieces) == "\ufffd" * 6 + "def"
     half = tokenizer.encode("界")[:2]
-    assert tokenizer.decode(half) == "".join(whole_text(tokenizer, iter(half))) == "\ufffd\ufffd"
+    assert tokenizer.decode(half) == "".join(whole_text(tokenizer, half)) == "\ufffd\ufffd"
 
 
 @settings(max_examples=200, deadline=None)
@@ -220,11 +265,10 @@ def test_nothing_of_a_stop_string_is_shown_however_the_text_is_cut(data):
     stops = data.draw(st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=3))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    found = []
-    shown = list(until(iter(pieces), stops, lambda: found.append(True)))
+    shown, found = until(pieces, stops)
     ends = sorted((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
     assert "".join(shown) == (text[: ends[0][1]] if ends else text)
-    assert bool(found) == bool(ends)
+    assert found == bool(ends)
     assert all(shown)
     # What was out before the last piece holds no beginning of a stop string at its end but the text's own.
     for count in range(len(shown)):
@@ -234,9 +278,9 @@ def test_nothing_of_a_stop_string_is_shown_however_the_text_is_cut(data):
 
 
 def test_clear_text_is_not_held_back():
-    assert next(until(iter(["abc<", "en", "d>"]), ["<end>"])) == "abc"
-    assert list(until(iter(["abc<", "en", "x"]), ["<end>"])) == ["abc", "<enx"]
-    assert list(until(iter(["abc<", "en"]), ["<end>"])) == ["abc", "<en"]
+    assert Until(["<end>"]).push("abc<") == "abc"
+    assert until(["abc<", "en", "x"], ["<end>"]) == (["abc", "<enx"], False)
+    assert until(["abc<", "en"], ["<end>"]) == (["abc", "<en"], False)
 
 
 def test_stop_strings_over_several_tokens():

@@ -58,7 +58,7 @@ def by_transformers(s: Sampling, scores: Tensor, seen: list[int]) -> Tensor:
 def test_distributions_equal_those_of_transformers(part: int) -> None:
     for number, values in list(enumerate(GRID))[part::6]:
         s = Sampling(*values)
-        sampler = Sampler(s, VOCAB)
+        sampler = Sampler(s)
         sampler.see(SEEN)
         scores = logits(number)
         ours, theirs = dense(sampler, scores), by_transformers(s, scores, SEEN)
@@ -73,7 +73,7 @@ def test_the_cut_of_top_p_by_hand() -> None:
     """0.5, 0.3, 0.2: a token stays when those before it have less than p together."""
     scores = torch.tensor([0.2, 0.5, 0.3]).log()
     for top_p, left in ((0.0, {1}), (0.4, {1}), (0.6, {1, 2}), (0.79, {1, 2}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2})):
-        ids, probs = Sampler(Sampling(1.0, top_p=top_p), 3).candidates(scores)
+        ids, probs = Sampler(Sampling(1.0, top_p=top_p)).candidates(scores)
         assert set(ids.tolist()) == left
         assert float(probs.sum()) == pytest.approx(1)
 
@@ -81,15 +81,15 @@ def test_the_cut_of_top_p_by_hand() -> None:
 def test_a_flat_distribution_needs_more_than_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "FIRST_LOOK", 4)
     s = Sampling(5.0, top_p=0.95)
-    assert (dense(Sampler(s, VOCAB), logits(1)) > 0).sum() > 1000
-    assert ((dense(Sampler(s, VOCAB), logits(1)) > 0) == (by_transformers(s, logits(1), []) > 0)).float().mean() > 0.999
+    assert (dense(Sampler(s), logits(1)) > 0).sum() > 1000
+    assert ((dense(Sampler(s), logits(1)) > 0) == (by_transformers(s, logits(1), []) > 0)).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("s", [Sampling(2.0), Sampling(2.0, top_k=4, top_p=0.9), Sampling(1.5, min_p=0.1)])
 def test_draws_follow_the_probabilities(s: Sampling) -> None:
     scores = torch.tensor([2.0, 1.0, 0.0, -torch.inf, -3.0, 1.5])
-    expected = dense(Sampler(s, 6), scores)
-    sampler = Sampler(s, 6)
+    expected = dense(Sampler(s), scores)
+    sampler = Sampler(s)
     draws = torch.tensor([sampler.draw(scores) for _ in range(4000)])
     share = torch.bincount(draws, minlength=6) / len(draws)
     assert (share[expected == 0] == 0).all()
@@ -98,7 +98,7 @@ def test_draws_follow_the_probabilities(s: Sampling) -> None:
 
 def test_seeds() -> None:
     def draws(seed: int) -> list[int]:
-        sampler = Sampler(Sampling(1.0, seed=seed), VOCAB)
+        sampler = Sampler(Sampling(1.0, seed=seed))
         return [sampler.draw(logits(n)) for n in range(20)]
 
     assert draws(1) == draws(1) != draws(2)
@@ -108,7 +108,7 @@ def test_seeds() -> None:
 def test_extreme_temperatures_keep_what_is_banned_out(temperature: float) -> None:
     scores = logits(0)
     scores[100:] = -torch.inf
-    sampler = Sampler(Sampling(temperature, top_p=0.99), VOCAB)
+    sampler = Sampler(Sampling(temperature, top_p=0.99))
     draws = {sampler.draw(scores) for _ in range(50)}
     assert max(draws) < 100
     assert draws == {int(scores.argmax())} if temperature < 1 else len(draws) > 10
@@ -116,7 +116,7 @@ def test_extreme_temperatures_keep_what_is_banned_out(temperature: float) -> Non
 
 def test_greedy_with_a_penalty() -> None:
     scores = torch.tensor([3.0, 2.5, -1.0])
-    sampler = Sampler(Sampling(0.0, repetition_penalty=2.0), 3)
+    sampler = Sampler(Sampling(0.0, repetition_penalty=2.0))
     assert sampler.draw(scores) == 0
     sampler.see([0])
     assert sampler.draw(scores) == 1
@@ -139,7 +139,7 @@ def test_values_out_of_range_are_refused_by_name(values: dict[str, Any]) -> None
 def test_a_draw_from_a_large_vocabulary_is_cheap() -> None:
     """Against one sort of all entries, which a plain top-p would do: the median draw takes less."""
     scores = torch.randn(256_000, generator=torch.Generator().manual_seed(0)) * 3
-    sampler = Sampler(Sampling(0.8, top_k=64, top_p=0.95, min_p=0.01), len(scores))
+    sampler = Sampler(Sampling(0.8, top_k=64, top_p=0.95, min_p=0.01))
     times: dict[str, list[float]] = {"draw": [], "sort": []}
     for _ in range(9):
         for name, work in (("draw", lambda: sampler.draw(scores)), ("sort", lambda: scores.sort())):

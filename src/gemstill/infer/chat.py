@@ -68,15 +68,13 @@ def run(config: ChatConfig) -> None:
 def plan(config: ChatConfig) -> dict[str, Any]:
     """What a conversation takes when its context is full; the model is mapped, not read."""
     expect_model(config.source)
-    from gemstill.model.cache import Cache
     from gemstill.model.quantized import weight_bytes
 
     conversation = _open(config)
-    model, context = conversation.session.model, conversation.session.context
-    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    model, context = conversation.engine.model, conversation.engine.context
     return {
         "context_tokens": context,
-        "cache_bytes_at_most": Cache(model.config, 1, context, dtype, "meta").bytes,
+        "cache_bytes_at_most": conversation.engine.needs(context),
         "weight_bytes": weight_bytes(model),
     }
 
@@ -152,7 +150,7 @@ class Chat:
 
     def _tell_who_left(self) -> bool:
         talk = self.conversation
-        what = f"the context of {talk.session.context:,} tokens is full: the oldest turns left, {talk.left // 2} by now"
+        what = f"the context of {talk.engine.context:,} tokens is full: the oldest turns left, {talk.left // 2} by now"
         if self.interactive:
             self.say(what)
         else:
@@ -239,9 +237,9 @@ def _open(config: ChatConfig) -> Conversation:
 
 
 def _banner(config: ChatConfig, conversation: Conversation) -> str:
-    shape = conversation.session.model.config
+    shape = conversation.engine.model.config
     size = short(shape.body_parameters + shape.embedding_parameters)
-    context = f"context {conversation.session.context:,} tokens"
+    context = f"context {conversation.engine.context:,} tokens"
     return f"{config.source} · {size} parameters · {context} · /help lists the commands"
 
 

@@ -30,45 +30,51 @@ def run(config: GenerateConfig) -> None:
     """
     expect_model(config.source)
     prompts = _prompts(config)
-    from gemstill.infer.generate import Generation, Limits, prompt_ids
-    from gemstill.infer.session import Session
+    from gemstill.infer.engine import Engine
+    from gemstill.infer.generate import Generation, Limits, fitting
 
     model, tokenizer = load(config.source)
     limits = Limits(config.max_new_tokens, tuple(config.stop))
-    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    for number, ids in enumerate(encoded, 1):
-        if len(ids) > model.config.max_position:
-            what = f"prompt {number} has {len(ids)} tokens, the model's context {model.config.max_position}"
-            raise Error(what, where=config.source, fix="shorten it")
-    session = Session(model)
-    for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        generation = Generation(session, tokenizer, ids, sampling(config), limits)
+    engine = Engine(model)
+    texts = [
+        Generation(
+            engine,
+            tokenizer,
+            fitting(tokenizer, prompt, engine.context, f"prompt {number}"),
+            sampling(config),
+            limits,
+            logprobs=config.json,
+        )
+        for number, prompt in enumerate(prompts, 1)
+    ]
+    for text in texts:
+        text.start()
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         if config.json:
-            print(json.dumps(_record(prompt, generation, tokenizer), ensure_ascii=False), flush=True)
+            print(json.dumps(_record(prompt, text, tokenizer), ensure_ascii=False), flush=True)
         else:
             sys.stdout.write("\n" if number else "")  # an empty line between the answers
-            show(generation)
+            show(text)
 
 
 def plan(config: GenerateConfig) -> dict[str, Any]:
     """What `run` would do, in figures; the model is mapped, not read."""
     expect_model(config.source)
     prompts = _prompts(config)
+    from gemstill.infer.engine import MOST, Engine
     from gemstill.infer.generate import prompt_ids
-    from gemstill.model.cache import Cache
     from gemstill.model.quantized import weight_bytes
 
     model, tokenizer = load(config.source)
     lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
     flops = 2 * (model.config.body_parameters + model.config.vocab_size * model.config.hidden_size)
     capacity = min(max(lengths) + config.max_new_tokens, model.config.max_position)
-    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
     return {
         "prompts": len(prompts),
         "prompt_tokens": sum(lengths),
         "new_tokens_at_most": config.max_new_tokens * len(prompts),
         "flops_at_most": flops * (sum(lengths) + config.max_new_tokens * len(prompts)),
-        "cache_bytes": Cache(model.config, 1, capacity, dtype, "meta").bytes,
+        "cache_bytes": min(len(prompts), MOST) * Engine(model).needs(capacity),
         "weight_bytes": weight_bytes(model),
     }
 

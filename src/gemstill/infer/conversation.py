@@ -9,9 +9,9 @@ from typing import Any
 
 from gemstill.core.errors import Error
 from gemstill.core.files import read_json, write_json
+from gemstill.infer.engine import Engine
 from gemstill.infer.generate import Generation, Limits
 from gemstill.infer.sampling import Sampling
-from gemstill.infer.session import Session
 from gemstill.model.transformer import Transformer
 from gemstill.text.tokenizer import Tokenizer
 from gemstill.text.turns import encode_turns
@@ -49,7 +49,7 @@ class Conversation:
         system: str = "",
         context: int = 0,
     ) -> None:
-        self.session = Session(model, context=context)
+        self.engine = Engine(model, slots=1, context=context)
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self.max_new_tokens = max_new_tokens
@@ -71,7 +71,7 @@ class Conversation:
         number = len(self.messages)  # other seeds for other turns, or equal questions had equal answers for ever
         sampling = Sampling(**{**vars(self.sampling), "seed": (self.sampling.seed + number) % (1 << 63)})
         limits = Limits(self.max_new_tokens)
-        self.reply = reply = Generation(self.session, self.tokenizer, prompt, sampling, limits)
+        self.reply = reply = Generation(self.engine, self.tokenizer, prompt, sampling, limits)
         parts: list[str] = []
         try:
             for piece in reply:
@@ -112,7 +112,7 @@ class Conversation:
     def _prompt(self, text: str) -> list[int]:
         """The ids that the answer to `text` goes on from, with room for it; `left` is moved on where it must."""
         message = _message("user", text)
-        prompt, context = self._continued(message), self.session.context
+        prompt, context = self._continued(message), self.engine.context
         most = context - min(self.max_new_tokens, max(1, context // ANSWER_ROOM))
         if len(prompt) <= most:
             return prompt

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,21 +13,15 @@ from torch import Tensor
 from gemstill.checkpoint.sidecars import END_OF_TURN
 from gemstill.core.errors import Error
 from gemstill.infer.config import check_length, check_stop
-from gemstill.infer.pieces import until, whole_text
-from gemstill.infer.sampling import Sampler, Sampling
-from gemstill.infer.session import Session
+from gemstill.infer.engine import Engine
+from gemstill.infer.pieces import Until, WholeText
+from gemstill.infer.request import Answer, Request, Token
+from gemstill.infer.sampling import Sampling
 from gemstill.model.transformer import Transformer
 from gemstill.text.tokenizer import Tokenizer
 from gemstill.text.turns import encode_turns
 
 Prompt = str | Sequence[Mapping[str, str]]  # text to go on from, or the turns of a conversation
-
-
-class Token(NamedTuple):
-    """A generated token. logprob: log-probability in the model's own distribution, before masks and sampling."""
-
-    id: int
-    logprob: float
 
 
 @dataclass(frozen=True)
@@ -47,66 +42,117 @@ class Generation:
     tokens: what was generated so far, a token that ended it excepted, those of a stop string included. ended:
     "" while it goes on, then why it ended: "end" (the model's own), "stop" (a stop string), "length"
     (max_new_tokens), "context" (the model can look back no further), "cancelled". prefilled: tokens of the
-    prompt that were not in the session's cache already.
+    prompt that were not in the engine's cache already. logprobs: whether the tokens come with theirs.
     """
 
     def __init__(
-        self, session: Session, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling, limits: Limits
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        limits: Limits,
+        *,
+        logprobs: bool = True,
     ) -> None:
         self.prompt = list(prompt)
-        self.tokens: list[Token] = []
-        self.ended = ""
-        self.prefilled = 0
-        self._session, self._tokenizer, self._limits = session, tokenizer, limits
-        self._sampler = Sampler(sampling, session.model.config.vocab_size)
+        self._engine, self._tokenizer, self._limits = engine, tokenizer, limits
+        self._sampling, self._logprobs = sampling, logprobs
+        self._answer: Answer | None = None
+        self._whole, self._until = WholeText(tokenizer), Until(limits.stop)
+        self._pieces: list[str] = []  # of each token, what became clear with it
         self._cancelled = False
 
+    @property
+    def tokens(self) -> list[Token]:
+        return [] if self._answer is None else self._answer.tokens
+
+    @property
+    def ended(self) -> str:
+        return "" if self._answer is None else self._answer.ended
+
+    @property
+    def prefilled(self) -> int:
+        return 0 if self._answer is None else self._answer.prefilled
+
+    def start(self) -> None:
+        """Have the engine write it beside others; iterating does this by itself. Raises Error as Engine.submit."""
+        self._submit(self._accept)
+
     def __iter__(self) -> Iterator[str]:
-        return until(whole_text(self._tokenizer, self.ids()), self._limits.stop, self._stopped)
+        self.start()
+        for number, _ in enumerate(self._come()):
+            if self._pieces[number]:
+                yield self._pieces[number]
+        if not self._until.found and (rest := self._until.push(self._whole.rest()) + self._until.rest()):
+            yield rest
 
     def cancel(self) -> None:
         """End it before the next token; also from another thread or a signal's handler."""
         self._cancelled = True
+        if self._answer is not None:
+            self._answer.cancel()
 
     def ids(self) -> Iterator[int]:
         """The ids alone, without regard to stop strings. Iterate over this or over the pieces, once."""
-        config = self._session.model.config
-        stops, banned = stop_ids(self._tokenizer), ~_allowed(config.vocab_size, self._tokenizer)
-        text = list(self.prompt)
-        self._sampler.see(text)
-        room = self._session.context - len(text)
-        for _ in range(min(room, self._limits.max_new_tokens)):
-            logits = None if self._cancelled else self._session.feed(text, lambda: self._cancelled)
-            if logits is None:
-                self.ended = "cancelled"
-                return
-            self.prefilled = self.prefilled or self._session.fed
-            token = self._next(logits, banned)
-            if token.id in stops:
-                self.ended = "end"
-                return
-            self.tokens.append(token)
-            text.append(token.id)
-            self._sampler.see([token.id])
+        self._submit(None)
+        for token in self._come():
             yield token.id
-        self.ended = "length" if self._limits.max_new_tokens <= room else "context"
 
-    def _next(self, logits: Tensor, banned: Tensor) -> Token:
-        total = float(logits.logsumexp(0))
-        if total != total:
-            fix = "compute in float32 or bfloat16: float16 overflows in some models"
-            raise Error("the model's logits are no numbers", where="generate", fix=fix)
-        drawn = self._sampler.draw(logits.masked_fill(banned, -torch.inf))
-        return Token(drawn, float(logits[drawn]) - total)
+    def _submit(self, accept: Callable[[int], bool] | None) -> None:
+        if self._answer is not None:
+            return
+        ends, banned = _vocabulary(self._tokenizer, self._engine.model.config.vocab_size)
+        request = Request(
+            self.prompt,
+            self._sampling,
+            self._limits.max_new_tokens,
+            ends=ends,
+            banned=banned,
+            logprobs=self._logprobs,
+            accept=accept,
+        )
+        self._answer = self._engine.submit(request)
+        if self._cancelled:
+            self._answer.cancel()
 
-    def _stopped(self) -> None:
-        self.ended = "stop"
+    def _accept(self, token: int) -> bool:
+        self._pieces.append(self._until.push(self._whole.push(token)))
+        return self._until.found
+
+    def _come(self) -> Iterator[Token]:
+        """The tokens as they come; who leaves before the last one cancels the rest."""
+        assert self._answer is not None
+        count = 0
+        try:
+            while self._engine.wait(self._answer, count):
+                yield self._answer.tokens[count]
+                count += 1
+        finally:
+            if not self._answer.ended:
+                self._engine.abandon(self._answer)
+
+
+@overload
+def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
+    model: Transformer, tokenizer: Tokenizer, prompt: Prompt,
+    *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., min_p: float = ...,
+    repetition_penalty: float = ..., seed: int = ..., stop: Sequence[str] = ...,
+) -> str: ...  # fmt: skip
+
+
+@overload
+def generate(
+    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[Prompt],
+    *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., min_p: float = ...,
+    repetition_penalty: float = ..., seed: int = ..., stop: Sequence[str] = ...,
+) -> list[str]: ...  # fmt: skip
 
 
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: Prompt,
+    prompt: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -116,22 +162,25 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
-) -> str:
-    """The text that the model writes after `prompt`: all pieces of `stream` (see there) as one string."""
-    pieces = stream(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-    )
-    return "".join(pieces)
+) -> str | list[str]:
+    """The text that the model writes after `prompt`: all pieces of `stream` (see there) as one string.
+
+    Of a list of prompts, texts or conversations, a list of strings: they are written 16 at a time, each as it would
+    be alone, with the same seed.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    limits = Limits(max_new_tokens, check_stop(stop))
+    many = not isinstance(prompt, str) and any(not isinstance(item, Mapping) for item in prompt)
+    prompts: list[Any] = list(prompt) if many else [prompt]
+    engine = Engine(model)
+    texts = [
+        Generation(engine, tokenizer, fitting(tokenizer, one, engine.context), sampling, limits, logprobs=False)
+        for one in prompts
+    ]
+    for text in texts:
+        text.start()
+    written = ["".join(text) for text in texts]
+    return written if many else written[0]
 
 
 def stream(
@@ -161,15 +210,19 @@ def stream(
         Error: an option out of its range; a prompt longer than the model's context; a conversation whose
             roles do not alternate, or that holds anything but text.
     """
-    if isinstance(stop, str):
-        raise Error(f"stop is {stop!r}", where="generate", fix="give a list of texts")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    limits = Limits(max_new_tokens, tuple(stop))
+    limits = Limits(max_new_tokens, check_stop(stop))
+    engine = Engine(model, slots=1)
+    return Generation(engine, tokenizer, fitting(tokenizer, prompt, engine.context), sampling, limits)
+
+
+def fitting(tokenizer: Tokenizer, prompt: Prompt, context: int, name: str = "the prompt") -> list[int]:
+    """The ids of `prompt_ids`. Raises Error where it does, and where they are more than `context`."""
     ids = prompt_ids(tokenizer, prompt)
-    if len(ids) > model.config.max_position:
-        what = f"{len(ids)} tokens exceed the model's context of {model.config.max_position}"
-        raise Error(what, where="prompt", fix="shorten it")
-    return Generation(Session(model), tokenizer, ids, sampling, limits)
+    if len(ids) > context:
+        what = f"{name} has {len(ids)} tokens, more than the model's context of {context}"
+        raise Error(what, where="generate", fix="shorten it")
+    return ids
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -189,10 +242,15 @@ def stop_ids(tokenizer: Tokenizer) -> set[int]:
     return {tokenizer.eos_id} if turn is None else {tokenizer.eos_id, turn}
 
 
-def _allowed(vocab_size: int, tokenizer: Tokenizer) -> Tensor:
-    """Which entries may be drawn: [vocab_size] bool; no padding row, no control token but those that end the text."""
-    allowed = torch.zeros(vocab_size, dtype=torch.bool)
-    allowed[: tokenizer.vocab_size] = True
-    allowed[[number for number in tokenizer.control_ids if number < vocab_size]] = False
-    allowed[sorted(stop_ids(tokenizer))] = True
-    return allowed
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> tuple[frozenset[int], Tensor]:
+    """The ids that end a text, and those never drawn, [n] int64: padding rows, and all other control tokens."""
+    known = _VOCABULARIES.setdefault(tokenizer, {})
+    if vocab_size not in known:
+        ends = stop_ids(tokenizer)
+        control = {number for number in tokenizer.control_ids if number < vocab_size}
+        never = {*control, *range(tokenizer.vocab_size, vocab_size)} - ends
+        known[vocab_size] = frozenset(ends), torch.tensor(sorted(never), dtype=torch.int64)
+    return known[vocab_size]
+
+
+_VOCABULARIES: WeakKeyDictionary[Tokenizer, dict[int, tuple[frozenset[int], Tensor]]] = WeakKeyDictionary()
