@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from gemstill.core.errors import Error
 from gemstill.infer.command import plan, read_prompts
 from gemstill.infer.config import GenerateConfig
 from gemstill.infer.generate import generate, prompt_ids, stream
-from tests.infer.networks import network
+from gemstill.model.quantized import quantize_model, weight_bytes
+from tests.infer.networks import SMALL, network
 from tests.model.tokenizers import small_tokenizer
 
 
@@ -46,6 +48,20 @@ def test_flags_reach_the_sampler(folder: Path, capsys: pytest.CaptureFixture[str
     assert printed(capsys, folder, "def", *words, "--max-new-tokens=30") == (
         answer("def", max_new_tokens=30, **options) + "\n"
     )
+
+
+def test_quantized_weights_are_computed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = replace(SMALL, hidden_size=64, intermediate_size=96)
+    save(network(wide), small_tokenizer(), tmp_path / "model")
+    model = network(wide)
+    quantize_model(model, "int8")
+    words = [tmp_path / "model", "def", "--max-new-tokens=6", "--quantize"]
+    assert printed(capsys, *words, "int8") == generate(model, small_tokenizer(), "def", max_new_tokens=6) + "\n"
+    config = GenerateConfig(source=str(tmp_path / "model"), prompt="def", quantize="int8")
+    assert plan(config)["weight_bytes"] == weight_bytes(model)
+    for kind, message in (("int3", "no model is quantized to 'int3'"), ("file", "has no blocks of its own")):
+        assert cli.main(["generate", *map(str, words), kind]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_stop_strings_are_taken_letter_by_letter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

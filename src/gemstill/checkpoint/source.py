@@ -11,8 +11,10 @@ from gemstill.checkpoint.huggingface import load_folder, save_folder
 from gemstill.checkpoint.look import expect_model, look
 from gemstill.core import machine
 from gemstill.core.errors import Error
+from gemstill.core.notices import note
 from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
+from gemstill.ops.native import why_not
 from gemstill.ops.packed import MADE
 from gemstill.text.tokenizer import Tokenizer
 
@@ -50,6 +52,8 @@ def load(
     path = find(source)
     if quantize is not None:
         _check_quantize(quantize, path, device)
+        if (reason := why_not()) is not None:  # built here: a token takes far longer without them than with floats
+            note(f"a quantized model is slow without native kernels ({reason})", where=path)
     if path.is_file() and path.suffix not in GOOGLE:
         from gemstill.checkpoint.gguf import load_gguf
 

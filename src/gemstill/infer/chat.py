@@ -217,7 +217,7 @@ def _open(config: ChatConfig) -> Conversation:
     from gemstill.text.turns import encode_turns
 
     turns = read_turns(config.load) if config.load else None
-    model, tokenizer = load(config.source)
+    model, tokenizer = load(config.source, config.quantize)
     encode_turns(tokenizer, [{"role": "user", "content": "x"}])  # a tokenizer without turns is told now
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     values = {name: getattr(config, name) for name in names}

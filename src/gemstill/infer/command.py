@@ -33,7 +33,7 @@ def run(config: GenerateConfig) -> None:
     from gemstill.infer.engine import Engine
     from gemstill.infer.generate import Generation, Limits, fitting
 
-    model, tokenizer = load(config.source)
+    model, tokenizer = load(config.source, config.quantize)
     limits = Limits(config.max_new_tokens, tuple(config.stop))
     engine = Engine(model)
     texts = [
@@ -65,7 +65,7 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
     from gemstill.infer.generate import prompt_ids
     from gemstill.model.quantized import weight_bytes
 
-    model, tokenizer = load(config.source)
+    model, tokenizer = load(config.source, config.quantize)
     lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
     flops = 2 * (model.config.body_parameters + model.config.vocab_size * model.config.hidden_size)
     capacity = min(max(lengths) + config.max_new_tokens, model.config.max_position)
@@ -95,11 +95,11 @@ def show(pieces: Generation) -> None:
     sys.stdout.flush()
 
 
-def load(source: str) -> tuple[Transformer, Tokenizer]:
+def load(source: str, quantize: str = "") -> tuple[Transformer, Tokenizer]:
     """Open a model, torch and all."""
     from gemstill.checkpoint import source as sources
 
-    return sources.load(source)
+    return sources.load(source, quantize=quantize or None)
 
 
 def _record(prompt: Prompt, generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -50,11 +50,22 @@ def check_stop(stop: object) -> tuple[str, ...]:
     return texts
 
 
+QUANTIZED = ("int8", "int4", "file")
+
+
+def check_quantize(quantize: str) -> None:
+    """Raise Error for what no model is quantized to."""
+    if quantize and quantize not in QUANTIZED:
+        fix = f"take one of {', '.join(QUANTIZED)}, or leave it out"
+        raise Error(f"no model is quantized to '{quantize}'", where="quantize", fix=fix)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Sampling):
     """What `gemstill generate` needs to know."""
 
     source: str  # the model: a folder, a GGUF file, a hub name
+    quantize: str = ""  # compute on weights in int8 or int4, or in the blocks of a GGUF "file"; empty: as stored
     prompt: str = "-"  # text to go on from; - reads standard input
     prompts: str = ""  # a file of prompts instead: one a line, or .jsonl with "prompt" or "messages" in each line
     chat: bool = False  # give the prompt as a user's turn, as a tuned model expects
@@ -66,6 +77,7 @@ class GenerateConfig(Sampling):
         super().__post_init__()
         check_length(self.max_new_tokens)
         check_stop(self.stop)
+        check_quantize(self.quantize)
         if self.prompts and self.prompt != "-":
             raise Error("has both a prompt and a file of prompts", where="generate", fix="give one of them")
 
@@ -75,6 +87,7 @@ class ChatConfig(Sampling):
     """What `gemstill chat` needs to know. The defaults of sampling are those published with Gemma 3."""
 
     source: str  # the model: a folder, a GGUF file, a hub name
+    quantize: str = ""  # compute on weights in int8 or int4, or in the blocks of a GGUF "file"; empty: as stored
     system: str = ""  # what the model is told first
     load: str = ""  # a conversation to go on with, as /save writes it
     context: int = 0  # tokens that the model may look back on; 0: as many as it was made for
@@ -88,5 +101,6 @@ class ChatConfig(Sampling):
         if self.seed != -1:
             super().__post_init__()
         check_length(self.max_new_tokens)
+        check_quantize(self.quantize)
         if self.context < 0:
             raise Error(f"context is {self.context}", where="chat", fix="give a number of tokens, or 0 for all")

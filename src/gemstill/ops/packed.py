@@ -6,7 +6,7 @@ described in native/packed.h. Five- and six-bit integers are widened to bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from gemstill.ops.blocks import BLOCKS, empty, quantize
 from gemstill.ops.native import kernels
 from gemstill.ops.panels import BLOCK, FORMATS, PANEL
 
-FEW = 16  # vectors that are multiplied with the integers; more are with dequantized tiles of rows
-TILE = 1 << 21  # weights of such a tile
+FEW = 16  # vectors of a native step, at most
+MOST = 64  # vectors that are multiplied with the integers; more are with dequantized tiles of rows
+TILE = 1 << 20  # weights of such a tile
 ROWS = 1 << 18  # weights that are repacked at once
 MADE = {"int8": "Q8_0", "int4": "Q4_0"}  # the formats that `pack` makes
 
@@ -72,13 +73,7 @@ class Packed:
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weights [stop - start, K] of some rows, in `dtype`: rounded to it once, from float32."""
         start, stop = max(0, start), min(stop, len(self))
-        out = torch.empty(max(0, stop - start), self.shape[1], dtype=dtype)
-        if (native := kernels(out)) is not None:
-            native.packed_rows(self.data, self.order.number, len(self), _NO_IDS, start, out)
-            return out
-        first = start // PANEL
-        weights = self.order.weights(*self._rowwise(first, -(-stop // PANEL)))
-        return out.copy_(weights[start - first * PANEL : stop - first * PANEL])
+        return self._unpacked(start, torch.empty(max(0, stop - start), self.shape[1], dtype=dtype))
 
     def gather(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows [..., K] in `dtype` of ids [...] int64: an embedding.
@@ -111,6 +106,15 @@ class Packed:
         for start, stop in _cuts(self.shape):
             q, records = self._rowwise(start // PANEL, -(-stop // PANEL))
             yield FORMATS[self.name].join(q[: stop - start], records[: stop - start]).flatten(1)
+
+    def _unpacked(self, start: int, out: Tensor) -> Tensor:
+        """out [n, K] = the weights of n rows from `start` on."""
+        if (native := kernels(out)) is not None:
+            native.packed_rows(self.data, self.order.number, len(self), _NO_IDS, start, out)
+            return out
+        first, stop = start // PANEL, start + len(out)
+        weights = self.order.weights(*self._rowwise(first, -(-stop // PANEL)))
+        return out.copy_(weights[start - first * PANEL : stop - first * PANEL])
 
     def panels(self) -> tuple[Tensor, Tensor]:
         """Views of all panels: integers [panels, blocks, bytes] and scales [panels, groups, bytes]."""
@@ -176,7 +180,7 @@ def packed_linear(x: Tensor, *weights: Weight, out: Tensor | None = None) -> Ten
     """Several linear maps of the same x side by side, at least one of them packed: x [..., K] -> [..., ΣN], x's dtype.
 
     out: [M, ΣN] contiguous for x [M, K]: where the result is to be.
-    Up to 16 vectors are multiplied with the integers, as 15-bit integers in blocks of 32; more with dequantized rows.
+    Up to 64 vectors are multiplied with the integers, as 15-bit integers in blocks of 32; more with dequantized rows.
 
     Raises:
         Error: x needs a gradient, which stops at a quantized matrix.
@@ -186,30 +190,34 @@ def packed_linear(x: Tensor, *weights: Weight, out: Tensor | None = None) -> Ten
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if out is None:
         out = torch.empty(len(flat), sum(map(len, weights)), dtype=x.dtype, device=x.device)
-    if len(flat) <= FEW and (native := kernels(x)) is not None and all(isinstance(w, Packed) for w in weights):
+    if len(flat) <= MOST and (native := kernels(x)) is not None and all(isinstance(w, Packed) for w in weights):
         parts: Any = weights
         data, kinds = [part.data for part in parts], [part.order.number for part in parts]
         native.packed_linear(flat, data, kinds, [len(part) for part in parts], out)
     else:
-        column = 0
-        for weight in weights:
-            step = max(PANEL, TILE // x.shape[-1] // PANEL * PANEL)
-            for start in range(0, len(weight), step):
-                stop = min(start + step, len(weight))
-                tile = _rows(weight, start, stop, x.dtype)
-                out[:, column + start : column + stop] = F.linear(flat, tile)
-            column += len(weight)
+        _by_tiles(flat, weights, out)
     return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _by_tiles(x: Tensor, weights: Sequence[Weight], out: Tensor) -> None:
+    """As `packed_linear`, of dequantized rows that stay in a processor's cache."""
+    step = max(PANEL, TILE // x.shape[1] // PANEL * PANEL)
+    scratch = torch.empty(min(step, max(map(len, weights))), x.shape[1], dtype=x.dtype)
+    columns = torch.split(out, [len(weight) for weight in weights], 1)
+    for weight, to in zip(weights, columns, strict=True):
+        for start in range(0, len(weight), step):
+            tile = scratch[: min(step, len(weight) - start)]
+            if isinstance(weight, Packed):
+                weight._unpacked(start, tile)
+            else:
+                tile.copy_(weight[start : start + len(tile)])
+            to[:, start : start + len(tile)] = F.linear(x, tile)
 
 
 def no_training() -> Error:
     """The Error for a gradient that would have to pass a packed matrix."""
     fix = "train the unquantized model, and quantize it then"
     return Error("a quantized model cannot be trained", where="model", fix=fix)
-
-
-def _rows(weight: Weight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    return weight.rows(start, stop, dtype) if isinstance(weight, Packed) else weight[start:stop].to(dtype)
 
 
 def _cuts(shape: tuple[int, int]) -> list[tuple[int, int]]:

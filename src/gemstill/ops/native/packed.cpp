@@ -53,14 +53,21 @@ float take_block(const float* x, int8_t* high, int8_t* low, int16_t* whole, int3
   const float by = sound && top > 1e-30f ? MOST / top : 0.0f;
   for (int part = 0; part < 2; part++) {
     int32_t sum = 0;
+    int16_t both[BLOCK];
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = part * BLOCK / 2; k < (part + 1) * BLOCK / 2; k++) {
       const float shifted = (sound ? x[k] * by : 0.0f) + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
       const int32_t q = __builtin_bit_cast(int32_t, shifted) - 0x4b400000;
-      whole[k] = int16_t(q);
+      both[k] = int16_t(q);
       high[k] = int8_t((q + 64) >> 7);
       low[k] = int8_t(q - ((q + 64) >> 7) * 128);
       sum += q;
+    }
+    for (int64_t k = part * BLOCK / 2; k < (part + 1) * BLOCK / 2; k += 8) {
+      for (int64_t i = 0; i < 4; i++) {
+        whole[k + i] = both[k + 2 * i];
+        whole[k + 4 + i] = both[k + 2 * i + 1];
+      }
     }
     halves[part] = -sum;
   }
@@ -127,36 +134,55 @@ void multiply_packed(const Matrix& weights, const Activations& x, int64_t begin,
   }
 }
 
+// Bytes 4j, …, 4j + 3 of each lot j belong to one row: q[r - first] = its integers in block b, for first <= r < last.
 template <Kind kind>
-void unpack_packed(const Matrix& weights, int64_t begin, int64_t end, float* out) {
-  for (int64_t row = begin; row < end; row++) {
-    const Panel panel = panel_of<kind>(weights, row / PANEL);
-    const int r = int(row % PANEL);
-    float* to = out + (row - begin) * weights.K;
-    for (int64_t b = 0; b < weights.K / BLOCK; b++, to += BLOCK) {
-      const uint8_t* block = panel.integers + b * integer_bytes<kind>;
-      uint8_t q[BLOCK];
-      for (int j = 0; j < (in_nibbles<kind> ? 4 : 8); j++) {
-        uint8_t four[4];
-        std::memcpy(four, block + 64 * j + 4 * r, 4);
-        for (int i = 0; i < 4; i++) {
-          if constexpr (in_nibbles<kind>) {
-            q[8 * j + i] = four[i] & 15;
-            q[8 * j + 4 + i] = four[i] >> 4;
-          } else {
-            q[4 * j + i] = four[i];
-          }
-        }
-      }
-      constexpr int parts = kind == Kind::q6_k ? 2 : 1, offset = offset_bits<kind> ? 1 << offset_bits<kind> : 0;
+void integers_of(const Panel& panel, int64_t b, int first, int last, uint8_t (*q)[BLOCK]) {
+  const uint8_t* block = panel.integers + b * integer_bytes<kind>;
+  for (int r = first; r < last; r++) {
+    uint8_t* to = q[r - first];
+    if constexpr (!in_nibbles<kind>) {
+      for (int j = 0; j < 8; j++) std::memcpy(to + 4 * j, block + 64 * j + 4 * r, 4);
+      continue;
+    }
+    for (int j = 0; j < 4; j++) {
+      uint32_t both;
+      std::memcpy(&both, block + 64 * j + 4 * r, 4);
+      const uint32_t low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
+      std::memcpy(to + 8 * j, &low, 4);
+      std::memcpy(to + 8 * j + 4, &high, 4);
+    }
+  }
+}
+
+// Rows [first, last) of a panel, one after the other: out [last - first, blocks 32].
+template <Kind kind, class T>
+void unpack_panel(const Panel& panel, int64_t blocks, int first, int last, T* out) {
+  constexpr int parts = kind == Kind::q6_k ? 2 : 1, size = BLOCK / parts;
+  constexpr float offset = offset_bits<kind> ? 1 << offset_bits<kind> : 0;
+  uint8_t q[PANEL][BLOCK];
+  for (int64_t b = 0; b < blocks; b++) {
+    integers_of<kind>(panel, b, first, last, q);
+    for (int r = first; r < last; r++) {
+      T* to = out + (r - first) * blocks * BLOCK + b * BLOCK;
       for (int part = 0; part < parts; part++) {
         const Affine affine = affine_at<kind>(panel, b, part, r);
 #pragma omp simd
-        for (int k = part * BLOCK / parts; k < (part + 1) * BLOCK / parts; k++) {
-          to[k] = float(int32_t(q[k]) - offset) * affine.scale - affine.least;
+        for (int k = part * size; k < (part + 1) * size; k++) {
+          const float wide = (float(q[r - first][k]) - offset) * affine.scale;
+          store(to[k], has_least<kind> ? wide - affine.least : wide);
         }
       }
     }
+  }
+}
+
+template <Kind kind, class T>
+void unpack_packed(const Matrix& weights, int64_t begin, int64_t end, T* out) {
+  for (int64_t row = begin; row < end;) {
+    const int64_t number = row / PANEL, stop = std::min(end, (number + 1) * PANEL), start = number * PANEL;
+    unpack_panel<kind>(panel_of<kind>(weights, number), weights.K / BLOCK, int(row - start), int(stop - start), out);
+    out += (stop - row) * weights.K;
+    row = stop;
   }
 }
 
@@ -252,19 +278,14 @@ void packed_rows(Tensor data, int64_t kind, int64_t N, Tensor ids, int64_t start
   const Matrix matrix{Kind(kind), pointer<uint8_t>(data), N, K};
   by_dtype(out, [&](auto type) {
     using T = decltype(type);
-    over(count, K, [&](int64_t begin, int64_t end) {
-      std::vector<float> wide(exact<T> ? 0 : K);
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t row = id ? id[i] : start + i;
-        T* to = pointer<T>(out) + i * K;
-        if constexpr (exact<T>) {
-          unpack_rows(matrix, row, row + 1, to);
-        } else {
-          unpack_rows(matrix, row, row + 1, wide.data());
-#pragma omp simd
-          for (int64_t k = 0; k < K; k++) store(to[k], wide[k]);
+    by_kind(matrix.kind, [&](auto kind) {
+      const int64_t lot = id ? 1 : PANEL;  // rows that lie together are faster together
+      over((count + lot - 1) / lot, lot * K, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * lot; i < std::min(count, end * lot); i += lot) {
+          const int64_t row = id ? id[i] : start + i, rows = std::min(lot, count - i);
+          unpack_packed<kind()>(matrix, row, row + rows, pointer<T>(out) + i * K);
         }
-      }
+      });
     });
   });
 }

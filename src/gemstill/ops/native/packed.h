@@ -29,7 +29,7 @@ inline bool is_plain(Kind kind) { return kind == Kind::float32 || kind == Kind::
 
 struct Matrix {
   Kind kind;
-  const uint8_t* data;  // aligned to 64 bytes unless plain
+  const uint8_t* data;  // fastest where a multiple of 64 bytes
   int64_t N, K;         // K a multiple of 32 unless plain, of 256 for q4_k, q5_k and q6_k
 };
 
@@ -50,7 +50,7 @@ class Activations {
   // [M, width]. Plain ones: floats, zeros from K on; for bfloat16 weights those at even places of each 32 come first.
   std::vector<float> values;
   std::vector<int8_t> high, low;
-  std::vector<int16_t> whole;  // 128 high + low
+  std::vector<int16_t> whole;  // 128 high + low; of each 8 those at even places come first
   std::vector<float> scales, totals;          // [M, blocks]: of a block; the scale times the integers' sum
   std::vector<int32_t> sums, halves;  // [M, blocks], [M, 2 blocks]: less the integers' sum, in 32 and in 16
 };

@@ -1,5 +1,5 @@
-// Products of a panel with up to 4 vectors for AVX2. Bytes are widened, to be multiplied with the activations' 16 bits;
-// nibbles are multiplied with their high and low 8 bits as they are: eight sums of two products fit into 16 bits.
+// Products of a panel with up to 4 vectors for AVX2. Words of 16 bits hold two bytes or four nibbles; masked and shifted
+// they are integers that are multiplied with the activations' 15 bits, two at once.
 
 #pragma once
 
@@ -11,16 +11,10 @@ namespace gemstill {
 
 constexpr int VECTORS = 4;  // that a panel is multiplied with at once: their sums stay in registers
 
-inline __m256i broadcast4(const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return _mm256_set1_epi32(four);
-}
-
-inline __m256i broadcast4(const int16_t* x) {
-  int64_t four;
-  std::memcpy(&four, x, 8);
-  return _mm256_set1_epi64x(four);
+inline __m256i pair_at(const int16_t* x) {
+  int32_t two;
+  std::memcpy(&two, x, 4);
+  return _mm256_set1_epi32(two);
 }
 
 inline __m256 halves_at(const uint8_t* at) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)at)); }
@@ -30,49 +24,37 @@ inline __m256 bytes_at(const uint8_t* at, bool with_sign) {
   return _mm256_cvtepi32_ps(with_sign ? _mm256_cvtepi8_epi32(eight) : _mm256_cvtepu8_epi32(eight));
 }
 
-// Whole products of 8 rows' integers in `lots` lots from q on with M vectors, from their number `at` on.
-template <int M, int lots>
-void multiply_bytes(const uint8_t* q, const Activations& x, int64_t at, __m256i* products) {
-  __m256i left[M], right[M];  // of 4 rows each, in two parts
-  for (int m = 0; m < M; m++) left[m] = right[m] = _mm256_setzero_si256();
+// Whole products of 8 rows' integers in `lots` lots from q on with M vectors from x on, `width` apart.
+template <int M, int lots, bool nibbles>
+void multiply_words(const uint8_t* q, const int16_t* x, int64_t width, __m256i* products) {
+  const __m256i mask = _mm256_set1_epi16(nibbles ? 15 : 255);
+  __m256i sum[M], other[M];
+  for (int m = 0; m < M; m++) sum[m] = other[m] = _mm256_setzero_si256();
 #pragma GCC unroll 8
   for (int j = 0; j < lots; j++) {
-    const __m256i a = _mm256_cvtepu8_epi16(_mm_load_si128((const __m128i*)(q + 64 * j)));
-    const __m256i b = _mm256_cvtepu8_epi16(_mm_load_si128((const __m128i*)(q + 64 * j + 16)));
+    const __m256i words = _mm256_loadu_si256((const __m256i*)(q + 64 * j));
+    if constexpr (nibbles) {  // 0, 2 and 4, 6 and 1, 3 and 5, 7 of each 8
+      const __m256i a = _mm256_and_si256(words, mask), b = _mm256_and_si256(_mm256_srli_epi16(words, 4), mask);
+      const __m256i c = _mm256_and_si256(_mm256_srli_epi16(words, 8), mask), d = _mm256_srli_epi16(words, 12);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; m++) {
-      const __m256i by = broadcast4(x.whole.data() + m * x.width + at + 4 * j);
-      left[m] = _mm256_add_epi32(left[m], _mm256_madd_epi16(a, by));
-      right[m] = _mm256_add_epi32(right[m], _mm256_madd_epi16(b, by));
+      for (int m = 0; m < M; m++) {
+        const int16_t* by = x + m * width + 8 * j;
+        sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(a, pair_at(by)));
+        other[m] = _mm256_add_epi32(other[m], _mm256_madd_epi16(b, pair_at(by + 2)));
+        sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(c, pair_at(by + 4)));
+        other[m] = _mm256_add_epi32(other[m], _mm256_madd_epi16(d, pair_at(by + 6)));
+      }
+    } else {  // 0, 2 and 1, 3 of each 4
+      const __m256i a = _mm256_and_si256(words, mask), b = _mm256_srli_epi16(words, 8);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) {
+        const int16_t* by = x + m * width + j / 2 * 8 + j % 2 * 2;
+        sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(a, pair_at(by)));
+        other[m] = _mm256_add_epi32(other[m], _mm256_madd_epi16(b, pair_at(by + 4)));
+      }
     }
   }
-  for (int m = 0; m < M; m++) {
-    products[m] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(left[m], right[m]), 0b11011000);
-  }
-}
-
-template <int M>
-void multiply_nibbles(const uint8_t* q, const Activations& x, int64_t at, __m256i* products) {
-  const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
-  __m256i upper[M], lower[M];
-  for (int m = 0; m < M; m++) upper[m] = lower[m] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    const __m256i both = _mm256_load_si256((const __m256i*)(q + 64 * j));
-    const __m256i a = _mm256_and_si256(both, nibble), b = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; m++) {
-      const int8_t *high = x.high.data() + m * x.width + at + 8 * j, *low = x.low.data() + m * x.width + at + 8 * j;
-      upper[m] = _mm256_add_epi16(upper[m], _mm256_maddubs_epi16(a, broadcast4(high)));
-      lower[m] = _mm256_add_epi16(lower[m], _mm256_maddubs_epi16(a, broadcast4(low)));
-      upper[m] = _mm256_add_epi16(upper[m], _mm256_maddubs_epi16(b, broadcast4(high + 4)));
-      lower[m] = _mm256_add_epi16(lower[m], _mm256_maddubs_epi16(b, broadcast4(low + 4)));
-    }
-  }
-  for (int m = 0; m < M; m++) {
-    const __m256i whole = _mm256_slli_epi32(_mm256_madd_epi16(upper[m], one), 7);
-    products[m] = _mm256_add_epi32(whole, _mm256_madd_epi16(lower[m], one));
-  }
+  for (int m = 0; m < M; m++) products[m] = _mm256_add_epi32(sum[m], other[m]);
 }
 
 // sums [M, 16] = the products of a panel with vectors first, …, first + M - 1.
@@ -97,11 +79,8 @@ void multiply_panel(const Panel& panel, const Activations& x, int64_t first, flo
       const int64_t at = first * x.width + b * BLOCK + part * (BLOCK / 2);
       for (int half = 0; half < 2; half++) {
         __m256i products[M];
-        if constexpr (in_nibbles<kind>) {
-          multiply_nibbles<M>(q + 32 * half, x, at, products);
-        } else {
-          multiply_bytes<M, 8 / parts>(q + 32 * half, x, at, products);
-        }
+        constexpr int lots = (in_nibbles<kind> ? 4 : 8) / parts;
+        multiply_words<M, lots, in_nibbles<kind>>(q + 32 * half, x.whole.data() + at, x.width, products);
         __m256 scale, minimum;
         if constexpr (!in_eights<kind>) {
           scale = halves_at(by + 16 * half);
@@ -123,7 +102,7 @@ void multiply_panel(const Panel& panel, const Activations& x, int64_t first, flo
           }
         }
       }
-      for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch((const char*)q + AHEAD + line, _MM_HINT_T0);
+      for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch((const char*)q + LATER + line, _MM_HINT_T1);
       q += bytes;
       by += !in_eights<kind> || has_least<kind> ? 32 : 16;
     }

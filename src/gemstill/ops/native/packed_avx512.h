@@ -51,13 +51,13 @@ void multiply_panel(const Panel& panel, const Activations& x, int64_t first, flo
         __m512i w;
         if constexpr (in_nibbles<kind>) {
           if (j % 2 == 0) {
-            both = _mm512_load_si512(q + 32 * j);
+            both = _mm512_loadu_si512(q + 32 * j);
             w = _mm512_and_si512(both, nibble);
           } else {
             w = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
           }
         } else {
-          w = _mm512_load_si512(q + 64 * j);
+          w = _mm512_loadu_si512(q + 64 * j);
         }
         const int64_t at = b * BLOCK + 4 * (part * lots + j);
 #pragma GCC unroll 8
@@ -68,7 +68,11 @@ void multiply_panel(const Panel& panel, const Activations& x, int64_t first, flo
       }
 #pragma GCC unroll 8
       for (int line = 0; line < (in_nibbles<kind> ? lots / 2 : lots); line++) {
-        _mm_prefetch((const char*)q + AHEAD + 64 * line, _MM_HINT_T0);
+        if constexpr (M == 1 && !in_nibbles<kind>) {
+          _mm_prefetch((const char*)q + AHEAD + 64 * line, _MM_HINT_T0);
+        } else {
+          _mm_prefetch((const char*)q + LATER + 64 * line, _MM_HINT_T1);
+        }
       }
       q += (in_nibbles<kind> ? 32 : 64) * lots;
       __m512 scale, minimum;

@@ -9,7 +9,9 @@
 
 namespace gemstill {
 
-constexpr int64_t AHEAD = 4096;  // bytes: what is read next is asked for, since processors stop at a page's end
+// Bytes ahead of those being multiplied that are asked for, since processors stop at a page's end: into the first cache
+// where one vector leaves little to do meanwhile, into the second, and earlier, where there is more.
+constexpr int64_t AHEAD = 4096, LATER = 16384;
 
 template <Kind kind>
 constexpr bool in_nibbles = kind == Kind::int4 || kind == Kind::q4_k;

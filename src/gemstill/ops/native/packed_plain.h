@@ -21,7 +21,9 @@ void multiply_panel(const Panel& panel, const Activations& x, int64_t first, flo
       std::fill(products, products + PANEL, less * (offset_bits<kind> ? 1 << offset_bits<kind> : 0));
       const int16_t* a = x.whole.data() + first * x.width + b * BLOCK;
       for (int k = part * BLOCK / parts; k < (part + 1) * BLOCK / parts; k++) {
-        for (int r = 0; r < PANEL; r++) products[r] += integer_at<kind>(panel, b, r, k) * a[k];
+        for (int r = 0; r < PANEL; r++) {
+          products[r] += integer_at<kind>(panel, b, r, k) * a[k / 8 * 8 + k % 2 * 4 + k % 8 / 2];
+        }
       }
       const float scale = x.scales[first * x.blocks + b], total = x.totals[first * x.blocks + b];
       for (int r = 0; r < PANEL; r++) {

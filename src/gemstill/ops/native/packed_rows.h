@@ -83,7 +83,11 @@ void multiply_tile(const T* rows, int64_t apart, int64_t K, const Activations& x
   int64_t k = 0;
   for (; k + step <= K; k += step) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) __builtin_prefetch(rows + r * apart + k + AHEAD / sizeof(T), 0, 2);
+    for (int r = 0; r < R; r++) {
+      const T* later = rows + r * apart + k + AHEAD / sizeof(T);
+      __builtin_prefetch(later, 0, 2);
+      if (step * sizeof(T) > 64) __builtin_prefetch(later + step / 2, 0, 2);
+    }
     add(rows + k, apart, k);
   }
   if (k < K) {
