@@ -94,6 +94,12 @@ COMMANDS = {
         made="target",
         resumes=False,
     ),
+    "shrink": Command(
+        "make a four-bit GGUF file that says nearly what the model says: rounded with care, then trained so",
+        "shrink",
+        "shrink:ShrinkConfig",
+        places=("source", "target"),
+    ),
     "generate": Command(
         "write on from a prompt, or from many",
         "infer.command",
