@@ -63,13 +63,14 @@ def ours(opened, rows) -> Ours:
 
 @pytest.fixture(scope="module")
 def continuations(opened) -> list[Continuation]:
+    """All written side by side by one engine."""
     model, tokenizer = opened
-    ids, found = prose(tokenizer), []
-    for number, length in enumerate(LENGTHS):
-        prompt = [tokenizer.bos_id, *ids[number * 450 :][: length - 1]]
-        text = Generation(Engine(model), tokenizer, prompt, Sampling(temperature=0.0), Limits(NEW))
-        tokens = list(text.ids())
-        found.append(Continuation(prompt, tokens, text.ended == "end"))
+    ids, engine = prose(tokenizer), Engine(model)
+    prompts = [[tokenizer.bos_id, *ids[number * 450 :][: length - 1]] for number, length in enumerate(LENGTHS)]
+    texts = [Generation(engine, tokenizer, prompt, Sampling(temperature=0.0), Limits(NEW)) for prompt in prompts]
+    for text in texts:
+        text.start()
+    found = [Continuation(text.prompt, list(text.ids()), text.ended == "end") for text in texts]
     assert sum(len(item.tokens) for item in found) > 0.9 * NEW * len(found)
     return found
 
@@ -160,7 +161,7 @@ def test_rounding_to_bfloat16_changes_nothing_that_matters(published: Path, ours
 
 
 def test_greedy_continuations_are_transformers(continuations, opened, theirs) -> None:
-    """Token by token from a cache, ours one prompt at a time, theirs those of one length together."""
+    """Token by token from a cache, ours all together, theirs those of one length."""
     stops = stop_ids(opened[1])
     for length, group in groupby(continuations, lambda item: len(item.prompt)):
         items = list(group)

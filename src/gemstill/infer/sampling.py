@@ -20,14 +20,13 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemstill.infer.config import Sampling
 
 __all__ = ["Sampler", "Sampling", "largest", "likeliest"]
 
-FIRST_LOOK = 1024  # candidates that top-p sorts first; eight times as many each time they do not suffice
+LESS = 64  # top-p looks at tokens so many times less likely than the likeliest, and further where they do not suffice
 BLOCK = 64  # entries whose maximum stands for them, or whose sum is drawn from first
 
 
@@ -45,7 +44,7 @@ class Sampler:
             self._seen.update(ids)
 
     def draw(self, logits: Tensor) -> int:
-        """The id of one token drawn from logits [vocab] float32; -inf where a token must not come."""
+        """The id of one token drawn from logits [vocab] float32, which it may overwrite; -inf: must not come."""
         s = self.sampling
         logits = self._penalised(logits)
         if s.temperature == 0 or s.top_k == 1:
@@ -79,15 +78,21 @@ class Sampler:
         return ids, torch.softmax(values.double(), 0)
 
     def _scaled(self, logits: Tensor) -> Tensor:
+        return (logits - logits.amax()).div_(self._divisor)
+
+    @property
+    def _divisor(self) -> float:
         # Differences to the largest stay finite under any temperature, however small or large.
-        return (logits - logits.max()) / min(max(self.sampling.temperature, 1e-30), 1e30)
+        return min(max(self.sampling.temperature, 1e-30), 1e30)
 
     def _draw_from_all(self, logits: Tensor) -> int:
         """A draw without cuts: first a block of entries by their sums, then one of its entries."""
+        # In place: a new megabyte costs more, page by page, than the work in it.
+        weights = logits.sub_(logits.amax()).div_(self._divisor).exp_()
         size = BLOCK * BLOCK
-        weights = F.pad(self._scaled(logits).exp_(), (0, -len(logits) % size)).view(-1, size)
-        block = self._pick(weights.sum(1, dtype=torch.float64))
-        return size * block + self._pick(weights[block].double())
+        whole = len(weights) // size * size
+        block = self._pick(torch.cat([weights[:whole].view(-1, size).sum(1), weights[whole:].sum()[None]]).double())
+        return size * block + self._pick(weights[size * block : size * (block + 1)].double())
 
     def _pick(self, weights: Tensor) -> int:
         """An index of weights [n] float64, drawn in proportion to them."""
@@ -149,9 +154,13 @@ def _nucleus(values: Tensor, ids: Tensor, total: Tensor, top_p: float) -> tuple[
 
 
 def _nucleus_of_all(scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    total, count = scaled.double().logsumexp(0), FIRST_LOOK
+    """`_nucleus` of values [n] in any order: only those are sorted that are likely enough to be among them."""
+    probs = torch.softmax(scaled, 0)
+    bound = probs.amax()
+    total = -bound.double().log()  # the largest value is 0
     while True:
-        values, ids = largest(scaled, min(count, len(scaled)))
-        if count >= len(scaled) or float((values.double() - total).exp().sum()) >= top_p:
-            return _nucleus(values, ids, total, top_p)
-        count *= 8
+        bound = bound / LESS
+        ids = (probs >= bound).nonzero()[:, 0]
+        if len(ids) == len(probs) or float(probs[ids].sum(dtype=torch.float64)) >= top_p:
+            values, order = scaled[ids].sort(descending=True)
+            return _nucleus(values, ids[order], total, top_p)
