@@ -317,6 +317,9 @@ def test_edges() -> None:
     ):
         with pytest.raises(Error, match=message):
             engine.submit(request())
+    with pytest.raises(Error, match="17 tokens exceed"):
+        engine.run([Request([2]), Request(tokens(17))])
+    assert all_free(engine)
     for options in ({"slots": 0}, {"slots": 17}, {"context": -1}, {"memory": -1}):
         with pytest.raises(Error, match="engine"):
             Engine(engine.model, **options)

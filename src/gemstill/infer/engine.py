@@ -109,11 +109,22 @@ class Engine:
         return answer
 
     def run(self, requests: Iterable[Request]) -> list[Answer]:
-        """Answer all requests. One that failed has its `error` in the answer, and the others are whole."""
-        answers = [self.submit(request) for request in requests]
-        for answer in answers:
-            while not answer.ended:
-                self.step()
+        """Answer all requests. One that failed has its `error` in the answer, and the others are whole.
+
+        Raises:
+            Error: where `submit` does; then none of them is answered.
+        """
+        answers: list[Answer] = []
+        try:
+            for request in requests:
+                answers.append(self.submit(request))
+            for answer in answers:
+                while not answer.ended:
+                    self.step()
+        finally:
+            for answer in answers:
+                if not answer.ended:  # an error, or Ctrl-C
+                    self.abandon(answer)
         return answers
 
     def wait(self, answer: Answer, count: int) -> bool:
