@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gemstill.model.cache import Cache
 from gemstill.model.config import ModelConfig
 from gemstill.model.readout import LogProbs, Loss, last_logits
+from gemstill.model.slots import SlotCache
 from gemstill.model.transformer import Transformer
 from gemstill.ops.target import Target
 from tests.model.reference import (
@@ -111,22 +111,21 @@ def test_packed_documents_do_not_leak(config):
 def test_chunked_prefill_into_ring_keeps_what_early_queries_see(config, sizes):
     """A chunk longer than what the ring has free pushes out keys that its own first queries still look at."""
     tokens = text(config)
-    cache = Cache(config, len(tokens), TIME)
+    cache = SlotCache(config, len(tokens), TIME).view(*range(len(tokens)))
     answer = torch.cat([run(config, part, cache=cache) for part in tokens.split(sizes, 1)], 1)
     torch.testing.assert_close(answer, their_logits(theirs(config), tokens), atol=1e-4, rtol=0)
 
 
 @each
-def test_decoding_past_the_window_of_a_left_padded_batch(config):
-    lengths, start = [6, 2], 6
+def test_decoding_past_the_window_of_texts_of_different_lengths(config):
+    lengths = [6, 2]
     texts = [text(config, 1, length + TIME, seed=length) for length in lengths]
-    prompts = torch.cat([F.pad(t[:, :length], (start - length, 0)) for t, length in zip(texts, lengths, strict=True)])
-    documents = torch.tensor([[-1] * (start - length) + [0] * length for length in lengths])
-    cache = Cache(config, 2, start + TIME)
-    answers = [run(config, prompts, cache=cache, documents=documents)[:, -1:]]
+    cache = SlotCache(config, 2, max(lengths) + TIME)
+    prompts = [t[:, :length] for t, length in zip(texts, lengths, strict=True)]
+    answers = [torch.cat([run(config, own, cache=cache.view(n))[:, -1:] for n, own in enumerate(prompts)])]
     for step in range(TIME):
         fed = torch.cat([t[:, length + step, None] for t, length in zip(texts, lengths, strict=True)])
-        answers.append(run(config, fed, cache=cache))
+        answers.append(run(config, fed, cache=cache.view(0, 1)))
     answer = torch.cat(answers, 1)
     for row, (own, length) in enumerate(zip(texts, lengths, strict=True)):
         expected = their_logits(theirs(config), own)[0, length - 1 :]

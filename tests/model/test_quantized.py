@@ -8,9 +8,9 @@ import torch
 
 from gemstill.core.errors import Error
 from gemstill.distill.teachers import ModelTeacher
-from gemstill.model.cache import Cache
 from gemstill.model.quantized import count_weights, is_quantized, named_weights, quantize_model, weight_bytes
 from gemstill.model.readout import LogProbs, Loss, last_logits
+from gemstill.model.slots import SlotCache
 from gemstill.ops.packed import Packed
 from gemstill.ops.target import OnlineTarget, Target
 from tests.model.reference import BASE, network, text
@@ -52,7 +52,7 @@ def test_the_same_answers_as_with_the_numbers_as_floats(config, kind):
 def test_with_a_cache_as_without():
     model, _ = pair(SMALL, "int8")
     tokens = text(SMALL)[:1]
-    cache, parts = Cache(SMALL, 1, tokens.shape[1]), []
+    cache, parts = SlotCache(SMALL, 1, tokens.shape[1]).view(0), []
     for start in range(0, tokens.shape[1], 3):
         parts.append(model(tokens[:, start : start + 3], cache=cache))
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=1e-3, atol=2e-3)

@@ -47,13 +47,14 @@ def test_any_network(config):
 
 
 @pytest.mark.parametrize("config", [BASE, WIDE], ids=name_of)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05), (torch.int8, 0.1)])
 @torch.no_grad()
-def test_long_texts_are_looked_at_in_parts(config):
+def test_long_texts_are_looked_at_in_parts(config, dtype, most):
     """Past a ring's end and with several parts of several lengths; what was prefilled in chunks comes before."""
     config = replace(config, sliding_window=70)
     model, time = ours(config), 70 + SPARE + 90
     tokens = text(config, 2, time)
-    whole, cache = model(tokens), SlotCache(config, 2, time)
+    whole, cache = model(tokens), SlotCache(config, 2, time, dtype)
     step = Step(model, cache)
     for slot, length in enumerate((time - 12, time - 300)):
         for start in range(0, length, 100):
@@ -61,7 +62,8 @@ def test_long_texts_are_looked_at_in_parts(config):
     for _ in range(12):
         at = list(cache.lengths)
         logits = step([int(tokens[slot, p]) for slot, p in enumerate(at)], [0, 1])
-        torch.testing.assert_close(logits, torch.stack([whole[slot, p] for slot, p in enumerate(at)]), **CLOSE)
+        exact = torch.stack([whole[slot, p] for slot, p in enumerate(at)])
+        assert (logits - exact).abs().max() < most * exact.abs().max()
 
 
 @pytest.mark.parametrize("count", range(1, 17))
@@ -99,12 +101,13 @@ def test_of_bfloat16_weights_it_is_the_float32_network():
     assert not torch.allclose(walk(model, tokens, SlotCache(WIDE, 2, 12), [0, 1]), wide(tokens), **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("config", [BASE, WIDE], ids=name_of)
 @torch.no_grad()
-def test_a_cache_in_bfloat16_is_the_one_that_forward_writes(config):
+def test_a_cache_in_fewer_bits_is_the_one_that_forward_writes(config, dtype):
     """Each reads what the other wrote."""
     model, tokens = ours(config), text(config, 1, 20)
-    caches = [SlotCache(config, 1, 20, torch.bfloat16) for _ in range(2)]
+    caches = [SlotCache(config, 1, 20, dtype) for _ in range(2)]
     steps = [Step(model, cache) for cache in caches]
     plain = torch.cat([model(part, cache=caches[0].view(0)) for part in tokens.split(1, 1)], 1)[0]
     mixed = [
@@ -114,8 +117,10 @@ def test_a_cache_in_bfloat16_is_the_one_that_forward_writes(config):
         for number, token in enumerate(tokens[0].tolist())
     ]
     assert (torch.stack(mixed) - plain).abs().max() < 0.02 * plain.abs().max()
+    ends = torch.tensor([20])
     for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
-        torch.testing.assert_close(one.keys, other.keys, rtol=0.05, atol=0.05)
+        for x, y in zip(one.read([0], ends, torch.float32), other.read([0], ends, torch.float32), strict=True):
+            torch.testing.assert_close(x, y, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -201,6 +206,7 @@ def test_what_is_no_number_stays_with_its_text():
     cache.layers[1].values[0, :, 0] = float("nan")
     logits = step([4, 4], [0, 1])
     assert logits[0].isnan().all()
+    assert logits[1].isfinite().all()
     torch.testing.assert_close(logits[1], model(torch.tensor([[3, 4]]))[0, 1], **CLOSE)
 
 

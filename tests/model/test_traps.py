@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from gemstill.core.errors import Error
-from gemstill.model.cache import Cache
+from gemstill.model import slots
 from gemstill.model.config import PRESETS, ModelConfig
 from gemstill.model.readout import Loss
+from gemstill.model.slots import SlotCache
 from gemstill.model.transformer import RMSNorm, Transformer, rotary_angles
 from gemstill.ops.attention import attention, make_mask, visible
 from gemstill.ops.fused import rotate
@@ -177,23 +178,25 @@ def test_mask_of_a_chunk_against_a_ring():
     ]
 
 
-def test_ring_keeps_what_early_queries_of_a_chunk_see():
+def test_ring_keeps_what_early_queries_of_a_chunk_see(monkeypatch):
     """A ring that stores a chunk before it looks has lost keys that the chunk's first queries need (mlxcel#678)."""
     config = replace(BASE, num_layers=1, sliding_window=4)
     tokens = text(config, 1, 12)
     with torch.no_grad():
         whole = ours(config)(tokens)
-        cache = Cache(config, 1, 12)
-        assert cache.layers[0].slots == 4
+        monkeypatch.setattr(slots, "SPARE", 0)
+        cache = SlotCache(config, 1, 12)
+        assert cache.layers[0].size == 4
         for start, stop in ((0, 3), (3, 8), (8, 12)):
-            chunk = ours(config)(tokens[:, start:stop], cache=cache)
+            chunk = ours(config)(tokens[:, start:stop], cache=cache.view(0))
             torch.testing.assert_close(chunk, whole[:, start:stop], atol=1e-4, rtol=0)
 
 
 def test_global_layers_keep_all_and_local_layers_a_window():
-    cache = Cache(BASE, 2, 100)
-    assert [layer.slots for layer in cache.layers] == [4, 100, 4]
-    assert cache.bytes == 2 * 4 * 2 * BASE.num_kv_heads * BASE.head_dim * (4 + 100 + 4)
+    cache = SlotCache(BASE, 2, 1000)
+    local = 4 + slots.SPARE
+    assert [layer.size for layer in cache.layers] == [local, 1000, local]
+    assert cache.bytes == 2 * 4 * 2 * BASE.num_kv_heads * BASE.head_dim * (local + 1000 + local)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -231,7 +234,7 @@ def test_initial_weights_are_a_function_of_seed_and_name():
 
 
 def test_more_tokens_than_the_cache_holds_are_refused():
-    cache = Cache(BASE, 1, 4)
+    cache = SlotCache(BASE, 1, 4).view(0)
     with pytest.raises(Error, match="cache of 4"):
         ours(BASE)(text(BASE, 1, 5), cache=cache)
     with pytest.raises(Error, match=r"\[batch, time\]"):

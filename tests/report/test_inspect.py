@@ -20,11 +20,11 @@ from gemstill.data.shards import write_dataset
 from gemstill.data.sources import Source
 from gemstill.distill.teach import TeachConfig
 from gemstill.distill.teach import run as teach
-from gemstill.model.cache import Cache
 from gemstill.model.config import PRESETS, ModelConfig
+from gemstill.model.slots import SlotCache
 from gemstill.model.transformer import Transformer
 from gemstill.report.inspect import describe
-from gemstill.report.inspect_model import cache_bytes, memory
+from gemstill.report.inspect_model import memory
 from gemstill.report.inspect_text import text
 from tests.model.tokenizers import TEXT, small_tokenizer
 
@@ -92,8 +92,8 @@ def test_gemma_3_and_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokens", [1, 100, 5000])
 def test_memory_is_what_the_cache_and_the_parameters_take(name: str, tokens: int) -> None:
     shape = PRESETS[name]
-    assert cache_bytes(shape, tokens, 4) == Cache(shape, 1, tokens, torch.float32, "meta").bytes
-    assert cache_bytes(shape, tokens, 2) == Cache(shape, 1, tokens, torch.bfloat16, "meta").bytes
+    for dtype in (torch.float32, torch.bfloat16):
+        assert SlotCache.bytes_of(shape, tokens, dtype) == SlotCache(shape, 1, tokens, dtype, "meta").bytes
     weights = {row["precision"]: row["weights_bytes"] for row in memory(shape)}
     total = shape.body_parameters + shape.embedding_parameters
     assert weights["float32"] == 4 * total

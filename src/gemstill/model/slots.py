@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemstill.core.errors import Error
@@ -19,25 +20,56 @@ from gemstill.model.config import ModelConfig
 SPARE = 256
 
 
+BLOCK = 32  # numbers of a head that share a scale
+
+
+def blocks_of(head_dim: int) -> int:
+    """The scales of one head's keys or values at one position, in int8."""
+    return -(-head_dim // BLOCK)
+
+
+def _widened(scales: Tensor, head_dim: int) -> Tensor:
+    return scales.repeat_interleave(BLOCK, -1)[..., :head_dim]
+
+
 def ring(config: ModelConfig, layer: int, capacity: int) -> int:
     """S, the tokens that a layer keeps of a text of at most `capacity` tokens."""
     return min(capacity, config.sliding_window + SPARE) if config.is_local(layer) else capacity
 
 
 class SlotLayer:
-    """One layer's keys and values: [slots, num_kv_heads, S, head_dim] each, what was never written is undefined."""
+    """One layer's keys and values: [slots, num_kv_heads, S, head_dim] each; what was never written is undefined.
+
+    Of dtype int8 each is kept as integers of [-127, 127] and, for each BLOCK numbers of a head, a float32 scale: the
+    largest magnitude by 127. One scale for a whole head would do for values, but keys have entries far larger than
+    the rest. tensors: keys, values, and for int8 their scales [slots, num_kv_heads, S, blocks].
+    """
 
     def __init__(self, shape: tuple[int, int, int, int], window: int, dtype: torch.dtype, device: torch.device) -> None:
         # Not zeroed: pages that no token has touched then cost no memory.
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
+        if dtype == torch.int8:
+            self.tensors += [torch.empty(*shape[:3], blocks_of(shape[3]), device=device) for _ in range(2)]
         self.size, self.window = shape[2], window
+
+    @property
+    def keys(self) -> Tensor:
+        return self.tensors[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.tensors[1]
 
     def write(self, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [n, G, T, d] of `slots` [n] at `positions` [n, T], no two T of which share an index."""
         at = slots[:, None], slice(None), positions % self.size
-        self.keys[at] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[at] = values.transpose(1, 2).to(self.values.dtype)
+        for number, x in enumerate((keys.transpose(1, 2), values.transpose(1, 2))):
+            if self.keys.dtype == torch.int8:
+                padded = F.pad(x.float().abs(), (0, -x.shape[-1] % BLOCK))
+                scales = torch.unflatten(padded, -1, (-1, BLOCK)).amax(-1) / 127
+                self.tensors[number + 2][at] = scales
+                x = (x.float() / _widened(scales, x.shape[-1]).clamp_min(1e-30)).round()
+            self.tensors[number][at] = x.to(self.keys.dtype)
 
     def read(self, slots: Sequence[int], ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """What `slots` hold when they end before positions `ends` [n]: keys, values [n, G, m, d], positions [n, m].
@@ -49,39 +81,40 @@ class SlotLayer:
         # The latest token that belongs at each index. After a rewind an older one's index may hold a younger one,
         # which then stands for a token that no window reaches any more.
         positions = (last - (last - torch.arange(count, device=ends.device)) % self.size).clamp(min=-1)
-        if len(slots) == 1:
-            keys, values = (x[slots[0] : slots[0] + 1, :, :count] for x in (self.keys, self.values))
-            return keys.to(dtype), values.to(dtype), positions
-        empty = (positions < 0)[:, None, :, None]
-        keys, values = (x[list(slots), :, :count].to(dtype).masked_fill(empty, 0) for x in (self.keys, self.values))
-        return keys, values, positions
+        at = slice(slots[0], slots[0] + 1) if len(slots) == 1 else list(slots)  # a slice is no copy
+        found = [x[at, :, :count].to(dtype) for x in self.tensors]
+        if len(found) == 4:
+            found = [x * _widened(scales, x.shape[-1]) for x, scales in zip(found[:2], found[2:], strict=True)]
+        if len(slots) > 1:
+            empty = (positions < 0)[:, None, :, None]
+            found = [x.masked_fill(empty, 0) for x in found]
+        return found[0], found[1], positions
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` indices of a slot to another."""
-        for x in (self.keys, self.values):
+        for x in self.tensors:
             x[target, :, :count] = x[source, :, :count]
 
     def resize(self, keep: Sequence[int], slots: int, size: int, reached: Sequence[int]) -> None:
         """Have `slots` slots of `size` indices, the first with the reached[n] tokens that slots keep[n] have."""
-        fresh = []
-        for old in (self.keys, self.values):
+        for number, old in enumerate(self.tensors):
             new = old.new_empty(slots, old.shape[1], size, old.shape[3])
             for row, slot in enumerate(keep):
                 count = min(reached[row], size, self.size)
                 new[row, :, :count] = old[slot, :, :count]
-            fresh.append(new)
-        self.keys, self.values = fresh
+            self.tensors[number] = new
         self.size = size
 
     @property
     def bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(x.numel() * x.element_size() for x in self.tensors)
 
 
 class SlotCache:
     """The keys and values of `slots` texts of at most `capacity` tokens each, in every layer of a model.
 
-    lengths: tokens that each slot holds. layers: see SlotLayer; native code reads and writes them in place.
+    dtype: of keys and values, a float one or int8. lengths: tokens that each slot holds. layers: see SlotLayer; native
+    code reads and writes them in place.
 
     >>> cache = SlotCache(model.config, slots=4, capacity=2048)              # doctest: +SKIP
     >>> model(tokens, cache=cache.view(2))         # a prompt [1, T], whole or in chunks  # doctest: +SKIP
@@ -114,7 +147,8 @@ class SlotCache:
     def bytes_of(config: ModelConfig, capacity: int, dtype: torch.dtype = torch.float32) -> int:
         """Memory of one slot, once it is full."""
         tokens = sum(ring(config, n, capacity) for n in range(config.num_layers))
-        return 2 * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
+        head = config.head_dim * dtype.itemsize + (4 * blocks_of(config.head_dim) if dtype == torch.int8 else 0)
+        return 2 * tokens * config.num_kv_heads * head
 
     @property
     def bytes(self) -> int:
@@ -222,7 +256,11 @@ class SlotLayerView:
         self.layer, self.slots = layer, slots
 
     def extend(self, keys: Tensor, values: Tensor, positions: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As LayerCache.extend: stores T new tokens and returns what their queries may look at."""
+        """Store T new tokens and return the keys, values and positions that their queries may look at.
+
+        keys, values: [n, G, T, d]; positions: [n, T], counting up; start: tokens that the longest text held before.
+        Returns keys and values [n, G, m, d] in the same dtype and positions [n, m], -1 where there is nothing.
+        """
         layer, T = self.layer, keys.shape[2]
         slots = torch.tensor(self.slots, device=keys.device)
         if start + T <= layer.size or T + layer.window - 1 <= layer.size:

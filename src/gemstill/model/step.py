@@ -18,6 +18,7 @@ from gemstill.ops.native import DTYPES, kernels
 from gemstill.ops.packed import FEW, Packed
 
 PLAIN = -1  # the kind of a weight that is a tensor: its dtype says the rest
+_CACHED = {*DTYPES, torch.int8}
 _BLOCK = (
     "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
     "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "pre_feedforward_layernorm", "mlp.gate_proj",
@@ -55,6 +56,7 @@ class Step:
         self._known: list[Any] = []  # the weights of the last step
         self._tensors: list[Tensor] = []
         self._kinds: list[int] = []
+        self._ordinary = False
 
     def __call__(
         self, tokens: Sequence[int], slots: Sequence[int], wanted: Sequence[int] | None = None
@@ -73,8 +75,8 @@ class Step:
             RuntimeError: a token outside the vocabulary.
         """
         cache = self.cache
-        sound = self._together and 0 < len(tokens) <= FEW and cache.dtype in DTYPES
-        if not sound or kernels(cache.layers[0].keys) is None:
+        sound = self._together and 0 < len(tokens) <= FEW and cache.dtype in _CACHED
+        if not sound or kernels(self._frequencies) is None:
             return None
         ends: dict[int, int] = {}
         positions = []
@@ -83,7 +85,7 @@ class Step:
             ends[slot] = positions[-1] + 1
         if max(ends.values()) > cache.capacity:
             raise Error(f"{max(ends.values())} tokens do not fit a cache of {cache.capacity}", where="model")
-        memory = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        memory = [x for layer in cache.layers for x in layer.tensors]
         rows = torch.tensor([list(tokens), list(slots), positions])
         asked = list(range(len(tokens)) if wanted is None else wanted)
         logits = torch.empty(len(asked), self.model.config.vocab_size)
@@ -107,18 +109,15 @@ class Step:
 
     def _look(self) -> bool:
         """Take note of all weights as they are now; False where one is no tensor of the ordinary kind."""
-        found = [_weight(module) for module in self._modules]
+        # A module's own look-up of a parameter takes ten times as long, and there are hundreds.
+        parameters = [module._parameters.get("weight") for module in self._modules]
+        found = [m.weight if weight is None else weight for m, weight in zip(self._modules, parameters, strict=True)]
         if len(found) != len(self._known) or not all(map(operator.is_, found, self._known)):
             self._known = found
             self._tensors = [weight.data if isinstance(weight, Packed) else weight for weight in found]
             self._kinds = [weight.order.number if isinstance(weight, Packed) else PLAIN for weight in found]
-        return all(type(weight) in (Tensor, Parameter) for weight in self._tensors)
-
-
-def _weight(module: Any) -> Any:
-    # A module's own look-up takes ten times as long, and there are hundreds of weights.
-    weight = module._parameters.get("weight")
-    return module.weight if weight is None else weight
+            self._ordinary = all(type(weight) in (Tensor, Parameter) for weight in self._tensors)
+        return self._ordinary
 
 
 def _parts(layer: torch.nn.Module) -> list[Any]:

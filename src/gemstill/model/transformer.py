@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gemstill.core.errors import Error
-from gemstill.model.cache import Cache, LayerCache
 from gemstill.model.config import ModelConfig
 from gemstill.model.readout import Readout, logits
 from gemstill.model.slots import SlotLayerView, SlotView
@@ -101,7 +100,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, where: Where, cache: LayerCache | SlotLayerView | None, start: int) -> Tensor:
+    def forward(self, x: Tensor, where: Where, cache: SlotLayerView | None, start: int) -> Tensor:
         joint = joint_linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         angles = where.angles[self.local]
         if self.q_norm is None or self.k_norm is None:
@@ -132,9 +131,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(
-        self, x: Tensor, where: Where, cache: LayerCache | SlotLayerView | None = None, start: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, where: Where, cache: SlotLayerView | None = None, start: int = 0) -> Tensor:
         x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), where, cache, start), x)
         out: Tensor = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), x)
         return out
@@ -195,7 +192,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: Cache | SlotView | None = None,
+        cache: SlotView | None = None,
         readout: Readout | None = None,
     ) -> Any:
         """Run the network on tokens [B, T] int64.
@@ -252,7 +249,7 @@ class Transformer(nn.Module):
         return (readout or logits)(self.norm(x), head, self.config.final_logit_softcap)
 
 
-def count_positions(documents: Tensor, cache: Cache | SlotView | None = None) -> Tensor:
+def count_positions(documents: Tensor, cache: SlotView | None = None) -> Tensor:
     """Positions that count up within each document; with a cache, from where each of its rows stands."""
     if cache is not None:
         real = (documents >= 0).long()

@@ -22,6 +22,7 @@ from gemstill.checkpoint.tensors import check_names, check_vocabulary
 from gemstill.core.errors import Error
 from gemstill.core.notices import Notice
 from gemstill.model.config import ModelConfig
+from gemstill.model.slots import SlotCache
 from gemstill.model.transformer import Transformer
 from gemstill.text.tokenizer import Tokenizer
 from gemstill.text.turns import encode_turns
@@ -29,10 +30,10 @@ from gemstill.text.turns import encode_turns
 CONTEXTS = (1024, 4096, 8192, 32_768, 131_072)
 # Bytes of a weight of a matrix and of the embedding, and of an entry of the cache. Norms are small and float32.
 PRECISIONS = {
-    "float32": (4.0, 4.0, 4),
-    "bfloat16": (2.0, 2.0, 2),
-    "q8_0 (llama.cpp)": (34 / 32, 34 / 32, 2),
-    "q4_0 (llama.cpp)": (18 / 32, 34 / 32, 2),
+    "float32": (4.0, 4.0, torch.float32),
+    "bfloat16": (2.0, 2.0, torch.bfloat16),
+    "q8_0 (llama.cpp)": (34 / 32, 34 / 32, torch.bfloat16),
+    "q4_0 (llama.cpp)": (18 / 32, 34 / 32, torch.bfloat16),
 }
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _KINDS = (  # the end of a parameter's name -> what it is, and the part of the network it belongs to
@@ -118,22 +119,15 @@ def memory(config: ModelConfig) -> list[dict[str, Any]]:
     norms = (4 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)) * config.num_layers
     matrices = config.body_parameters - norms - config.hidden_size
     rows = []
-    for precision, (body, embedding, entry) in PRECISIONS.items():
+    for precision, (body, embedding, cached) in PRECISIONS.items():
         weights = int(matrices * body + config.embedding_parameters * embedding + 4 * (norms + config.hidden_size))
-        caches = {length: cache_bytes(config, length, entry) for length in contexts}
+        caches = {length: SlotCache.bytes_of(config, length, cached) for length in contexts}
         rows.append({
             "precision": precision,
             "weights_bytes": weights,
             "with_context_bytes": {str(length): weights + size for length, size in caches.items()},
         })  # fmt: skip
     return rows
-
-
-def cache_bytes(config: ModelConfig, tokens: int, entry: int) -> int:
-    """Bytes of keys and values of `tokens` tokens, `entry` bytes each: local layers keep a ring of their window."""
-    layers = range(config.num_layers)
-    slots = sum(min(tokens, config.sliding_window) if config.is_local(layer) else tokens for layer in layers)
-    return 2 * config.num_kv_heads * config.head_dim * entry * slots
 
 
 @contextmanager

@@ -22,6 +22,7 @@ struct bfloat16 {
 };
 
 inline float load(float x) { return x; }
+inline float load(int8_t x) { return float(x); }
 inline float load(bfloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 
 inline void store(float& to, float x) { to = x; }

@@ -42,6 +42,31 @@ namespace {
 constexpr float MOST = 127 * 128;
 
 // A block's integers, and less their sums; gives its scale.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+float take_block(const float* x, int8_t* high, int8_t* low, int16_t* whole, int32_t* halves) {
+  // As integers, magnitudes have the order of the numbers, and what is not finite is largest.
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+  const __m512i bits = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
+                                        _mm512_and_si512(_mm512_castps_si512(b), magnitude));
+  const uint32_t top = _mm512_reduce_max_epu32(bits);
+  const bool sound = top < 0x7f800000u;
+  const float most = __builtin_bit_cast(float, top);
+  const __m512 by = _mm512_set1_ps(sound && most > 1e-30f ? MOST / most : 0.0f);
+  // 0, 2, 4, 6, 1, 3, 5, 7 of each 8 words
+  const __m256i apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+  for (int part = 0; part < 2; part++) {
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(part ? b : a, by));
+    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
+    const __m512i lower = _mm512_sub_epi32(q, _mm512_slli_epi32(upper, 7));
+    _mm_storeu_si128((__m128i*)(high + 16 * part), _mm512_cvtepi32_epi8(upper));
+    _mm_storeu_si128((__m128i*)(low + 16 * part), _mm512_cvtepi32_epi8(lower));
+    _mm256_storeu_si256((__m256i*)(whole + 16 * part), _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(q), apart));
+    halves[part] = -_mm512_reduce_add_epi32(q);
+  }
+  return sound ? most / MOST : std::numeric_limits<float>::quiet_NaN();
+}
+#else
 float take_block(const float* x, int8_t* high, int8_t* low, int16_t* whole, int32_t* halves) {
   float top = 0.0f, finite = 0.0f;
 #pragma omp simd reduction(max : top) reduction(+ : finite)
@@ -73,6 +98,7 @@ float take_block(const float* x, int8_t* high, int8_t* low, int16_t* whole, int3
   }
   return sound ? top / MOST : std::numeric_limits<float>::quiet_NaN();
 }
+#endif
 
 }  // namespace
 

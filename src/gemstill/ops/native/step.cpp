@@ -53,8 +53,9 @@ void Step::place_head(const Layer& layer, int64_t m, int64_t head) {
     return order<T>(x, d, queries_.data() + (m * H + head) * d);
   }
   const int64_t group = (head - H) % G, index = rows_.positions[m] % layer.size;
-  T* to = static_cast<T*>(value ? layer.values : layer.keys) + ((rows_.slots[m] * G + group) * layer.size + index) * d;
-  for (int64_t k = 0; k < d; k++) store(to[k], x[k]);
+  const int64_t at = (rows_.slots[m] * G + group) * layer.size + index;
+  keep(x, d, static_cast<T*>(value ? layer.values : layer.keys) + at * d,
+       scales_at<T>(value ? layer.value_scales : layer.key_scales, at * blocks_of(d)));
 }
 
 // x += norm(o(attention)).
@@ -74,9 +75,9 @@ void Step::attend_to_all(int64_t own, const Layer& layer) {
     const int64_t m = std::upper_bound(firsts.begin(), firsts.end(), part) - firsts.begin() - 1;
     const int64_t size = part_of(seen(m)), start = rows_.positions[m] + 1 - seen(m) + (part - firsts[m]) * size;
     const int64_t count = std::min(size, rows_.positions[m] + 1 - start);
-    const int64_t from = (rows_.slots[m] * G + g) * layer.size * d, at = part * H + g * R;
-    const Ring keys{static_cast<T*>(layer.keys) + from, layer.size, d};
-    const Ring values{static_cast<T*>(layer.values) + from, layer.size, d};
+    const int64_t from = (rows_.slots[m] * G + g) * layer.size, at = part * H + g * R;
+    const Ring<T> keys{static_cast<T*>(layer.keys) + from * d, scales_at<T>(layer.key_scales, from * blocks_of(d)), layer.size, d};
+    const Ring<T> values{static_cast<T*>(layer.values) + from * d, scales_at<T>(layer.value_scales, from * blocks_of(d)), layer.size, d};
     attend_all<T>(R, queries_.data() + (m * H + g * R) * d, keys, values, start, count, net_.softcap,
                   partials_.data() + at, parts_.data() + at * d);
   });
@@ -162,8 +163,8 @@ class Reader {
     const Tensor& x = weights_[at_];
     const int64_t packed = kinds_[at_++];
     if (packed >= 0) return {Kind(packed), pointer<uint8_t>(x), N, K};
-    const bool wide = x.scalar_type() == torch::headeronly::ScalarType::Float;
-    const bool narrow = x.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+    const bool wide = x.scalar_type() == ScalarType::Float;
+    const bool narrow = x.scalar_type() == ScalarType::BFloat16;
     readable = readable && (wide || narrow) && x.is_cpu() && x.is_contiguous() && x.numel() == N * K;
     return {wide ? Kind::float32 : Kind::bfloat16, pointer<uint8_t>(x), N, K};
   }
@@ -178,14 +179,15 @@ class Reader {
 
 // shape: D, I, H, G, d, V, layers, and whether there are qk norms and a head of its own. constants: eps, the scales of
 // embedding and queries, soft caps or 0 of attention and logits. cache: keys and values [slots, G, size, d] of each
-// layer; windows: of each layer, 0 for a global one.
+// layer, of int8 their scales, too; windows: of each layer, 0 for a global one.
 Network network_of(Reader& read, const std::vector<Tensor>& cache, const std::vector<int64_t>& windows,
                    const Tensor& frequencies, const std::vector<int64_t>& shape,
                    const std::vector<double>& constants) {
   Network N{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
   const int64_t layers = shape[6], D = N.D, heads = N.H * N.d, groups = N.G * N.d;
   N.qk_norm = shape[7];
-  N.wide_cache = cache[0].scalar_type() == torch::headeronly::ScalarType::Float;
+  N.cache = cache[0].scalar_type();
+  const int64_t tensors = N.cache == ScalarType::Char ? 4 : 2;  // of a layer
   N.eps = constants[0];
   N.embedding_scale = constants[1];
   N.query_scale = constants[2];
@@ -210,9 +212,14 @@ Network network_of(Reader& read, const std::vector<Tensor>& cache, const std::ve
     layer.up = read.matrix(N.I, D);
     layer.down = read.matrix(D, N.I);
     layer.post_feedforward = read.gain(D);
-    layer.keys = cache[2 * i].data_ptr();
-    layer.values = cache[2 * i + 1].data_ptr();
-    layer.size = cache[2 * i].size(2);
+    const Tensor* kept = &cache[tensors * i];
+    layer.keys = kept[0].data_ptr();
+    layer.values = kept[1].data_ptr();
+    if (tensors == 4) {
+      layer.key_scales = pointer<float>(kept[2]);
+      layer.value_scales = pointer<float>(kept[3]);
+    }
+    layer.size = kept[0].size(2);
     layer.local = windows[i] > 0;
     layer.window = layer.local ? windows[i] : layer.size;
     N.layers.push_back(layer);

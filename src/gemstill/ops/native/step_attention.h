@@ -18,19 +18,69 @@ inline int64_t part_of(int64_t count) {
   return std::min<int64_t>(SPLIT, std::max<int64_t>(32, (count / 8 + 15) / 16 * 16));
 }
 
-// Where the keys or values of one text and one group of heads lie: [size, d] of T, position p at p % size.
+template <class T>
+constexpr bool has_scales = std::is_same_v<T, int8_t>;
+inline int64_t blocks_of(int64_t d) { return (d + BLOCK - 1) / BLOCK; }
+template <class T>
+float* scales_at(float* scales, int64_t at) {
+  return has_scales<T> ? scales + at : nullptr;
+}
+
+inline const uint16_t* raw(const bfloat16* x) { return reinterpret_cast<const uint16_t*>(x); }
+inline const float* raw(const float* x) { return x; }
+inline const int8_t* raw(const int8_t* x) { return x; }
+
+#ifdef __AVX512F__
+inline Floats floats_at(const int8_t* from) {
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+#elif defined(__AVX2__)
+inline Floats floats_at(const int8_t* from) {
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
+#else
+inline Floats floats_at(const int8_t* from) {
+  Floats x;
+  for (int i = 0; i < LANES; i++) x[i] = float(from[i]);
+  return x;
+}
+#endif
+inline void weights_at(const int8_t* from, Floats& a, Floats& b) {
+  a = floats_at(from);
+  b = floats_at(from + LANES);
+}
+
+// Where the keys or values of one text and one group of heads lie: [size, d] of T, position p at p % size; of int8
+// there is a scale for each BLOCK of d.
+template <class T>
 struct Ring {
-  const void* data;
+  const T* data;
+  const float* scales;
   int64_t size, d;
+
+  Ring from(int64_t index) const {
+    return {data + index * d, has_scales<T> ? scales + index * blocks_of(d) : nullptr, size, d};
+  }
+  // 2 LANES numbers from k on, and one of them.
+  void numbers_at(int64_t index, int64_t k, Floats& a, Floats& b) const {
+    weights_at(raw(data + index * d + k), a, b);
+    if constexpr (has_scales<T>) {
+      const float scale = scales[index * blocks_of(d) + k / BLOCK];
+      a *= scale;
+      b *= scale;
+    }
+  }
+  float number_at(int64_t index, int64_t k) const {
+    const float x = load(data[index * d + k]);
+    if constexpr (has_scales<T>) return x * scales[index * blocks_of(d) + k / BLOCK];
+    return x;
+  }
 };
 
 // A part's result for one head: out [d] = sum of e^(score - top) value, and the sum of e^(score - top).
 struct Partial {
   float top, sum;
 };
-
-inline const uint16_t* raw(const bfloat16* x) { return reinterpret_cast<const uint16_t*>(x); }
-inline const float* raw(const float* x) { return x; }
 
 // Numbers [d] in the order in which keys and values of T are multiplied, and back: in whole steps of bfloat16, those at
 // even places first.
@@ -63,7 +113,8 @@ void order_back(const float* x, int64_t d, float* to) {
 
 // scores[r * SPLIT + j * apart] = query r times key j of J, `apart` from one another.
 template <class T, int R, int J>
-void scores_of(const float* queries, const T* keys, int64_t apart, int64_t d, float* scores) {
+void scores_of(const float* queries, const Ring<T>& keys, int64_t apart, float* scores) {
+  const int64_t d = keys.d;
   Floats sum[R][J];
   for (int r = 0; r < R; r++) {
     for (int j = 0; j < J; j++) sum[r][j] = Floats{};
@@ -73,9 +124,8 @@ void scores_of(const float* queries, const T* keys, int64_t apart, int64_t d, fl
     Floats a[J], b[J];
 #pragma GCC unroll 4
     for (int j = 0; j < J; j++) {
-      const T* from = keys + j * apart * d + k;
-      __builtin_prefetch(from + AHEAD / sizeof(T), 0, 2);
-      weights_at(raw(from), a[j], b[j]);
+      __builtin_prefetch(keys.data + j * apart * d + k + AHEAD / sizeof(T), 0, 2);
+      keys.numbers_at(j * apart, k, a[j], b[j]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
@@ -90,7 +140,7 @@ void scores_of(const float* queries, const T* keys, int64_t apart, int64_t d, fl
   for (int r = 0; r < R; r++) {
     for (int j = 0; j < J; j++) {
       float rest = total(sum[r][j]);
-      for (int64_t k = whole; k < d; k++) rest += queries[r * d + k] * load(keys[j * apart * d + k]);
+      for (int64_t k = whole; k < d; k++) rest += queries[r * d + k] * keys.number_at(j * apart, k);
       scores[r * SPLIT + j * apart] = rest;
     }
   }
@@ -98,7 +148,8 @@ void scores_of(const float* queries, const T* keys, int64_t apart, int64_t d, fl
 
 // out[r, :] += the sum over j < J, i < count of weights[r * SPLIT + j * apart + i] times value j * apart + i.
 template <class T, int R, int J>
-void add_values(const float* weights, const T* values, int64_t apart, int64_t count, int64_t d, float* out) {
+void add_values(const float* weights, const Ring<T>& values, int64_t apart, int64_t count, float* out) {
+  const int64_t d = values.d;
   const int64_t whole = d / STEP * STEP;
   for (int64_t k = 0; k < whole; k += STEP) {
     Floats even[R], odd[R];
@@ -109,10 +160,9 @@ void add_values(const float* weights, const T* values, int64_t apart, int64_t co
     for (int64_t i = 0; i < count; i++) {
 #pragma GCC unroll 4
       for (int j = 0; j < J; j++) {
-        const T* from = values + (j * apart + i) * d + k;
-        __builtin_prefetch(from + AHEAD / sizeof(T), 0, 2);
+        __builtin_prefetch(values.data + (j * apart + i) * d + k + AHEAD / sizeof(T), 0, 2);
         Floats a, b;
-        weights_at(raw(from), a, b);
+        values.numbers_at(j * apart + i, k, a, b);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
           const float w = weights[r * SPLIT + j * apart + i];
@@ -129,7 +179,7 @@ void add_values(const float* weights, const T* values, int64_t apart, int64_t co
   for (int r = 0; r < R; r++) {
     for (int64_t j = 0; j < J * count; j++) {
       const int64_t at = j / count * apart + j % count;
-      for (int64_t k = whole; k < d; k++) out[r * d + k] += weights[r * SPLIT + at] * load(values[at * d + k]);
+      for (int64_t k = whole; k < d; k++) out[r * d + k] += weights[r * SPLIT + at] * values.number_at(at, k);
     }
   }
 }
@@ -151,9 +201,30 @@ Partial exponentials_of(float* scores, int64_t count, const Cap& cap) {
   return {top, sum};
 }
 
+// x [d] to where it is kept.
+template <class T>
+void keep(const float* x, int64_t d, T* to, float* scales) {
+  if constexpr (has_scales<T>) {
+    for (int64_t start = 0; start < d; start += BLOCK) {
+      const int64_t stop = std::min(d, start + BLOCK);
+      float top = 0.0f, finite = 0.0f;
+      for (int64_t k = start; k < stop; k++) {
+        top = std::max(top, std::fabs(x[k]));
+        finite += x[k] * 0.0f;
+      }
+      const bool sound = finite == 0.0f;
+      const float by = sound ? 1.0f / std::max(top / 127.0f, 1e-30f) : 0.0f;
+      *scales++ = sound ? top / 127.0f : NAN;
+      for (int64_t k = start; k < stop; k++) to[k] = int8_t(std::nearbyint(sound ? x[k] * by : 0.0f));
+    }
+  } else {
+    for (int64_t k = 0; k < d; k++) store(to[k], x[k]);
+  }
+}
+
 // R queries [R, d], ordered, over keys at positions [first, first + count), count <= SPLIT.
 template <class T, int R>
-void attend(const float* queries, const Ring& keys, const Ring& values, int64_t first, int64_t count, double softcap,
+void attend(const float* queries, const Ring<T>& keys, const Ring<T>& values, int64_t first, int64_t count, double softcap,
             Partial* partials, float* out) {
   constexpr int64_t lot = 4;  // values of a stream that are added before the others' next
   const int64_t d = keys.d, start = first % keys.size, before = std::min(count, keys.size - start);
@@ -164,10 +235,9 @@ void attend(const float* queries, const Ring& keys, const Ring& values, int64_t 
     if (before < count) f(int64_t(0), before, count - before);
   };
   each_run([&](int64_t at, int64_t j, int64_t some) {
-    const T* from = static_cast<const T*>(keys.data) + at * d;
     const int64_t apart = some / STREAMS;
-    for (int64_t i = 0; i < apart; i++) scores_of<T, R, STREAMS>(queries, from + i * d, apart, d, scores + j + i);
-    for (int64_t i = STREAMS * apart; i < some; i++) scores_of<T, R, 1>(queries, from + i * d, 0, d, scores + j + i);
+    for (int64_t i = 0; i < apart; i++) scores_of<T, R, STREAMS>(queries, keys.from(at + i), apart, scores + j + i);
+    for (int64_t i = STREAMS * apart; i < some; i++) scores_of<T, R, 1>(queries, keys.from(at + i), 0, scores + j + i);
   });
   const Cap cap(softcap);
   for (int r = 0; r < R; r++) {
@@ -176,19 +246,18 @@ void attend(const float* queries, const Ring& keys, const Ring& values, int64_t 
   }
   std::fill(out, out + R * d, 0.0f);
   each_run([&](int64_t at, int64_t j, int64_t some) {
-    const T* from = static_cast<const T*>(values.data) + at * d;
     const int64_t apart = some / STREAMS;
     for (int64_t i = 0; i < apart; i += lot) {
-      add_values<T, R, STREAMS>(scores + j + i, from + i * d, apart, std::min(lot, apart - i), d, out);
+      add_values<T, R, STREAMS>(scores + j + i, values.from(at + i), apart, std::min(lot, apart - i), out);
     }
     const int64_t rest = STREAMS * apart;
-    if (rest < some) add_values<T, R, 1>(scores + j + rest, from + rest * d, 0, some - rest, d, out);
+    if (rest < some) add_values<T, R, 1>(scores + j + rest, values.from(at + rest), 0, some - rest, out);
   });
 }
 
 // The same for any number of queries.
 template <class T>
-void attend_all(int64_t heads, const float* queries, const Ring& keys, const Ring& values, int64_t first,
+void attend_all(int64_t heads, const float* queries, const Ring<T>& keys, const Ring<T>& values, int64_t first,
                 int64_t count, double softcap, Partial* partials, float* out) {
   const int64_t d = keys.d;
   for (int64_t r = 0; r < heads; r += HEADS, queries += HEADS * d, partials += HEADS, out += HEADS * d) {

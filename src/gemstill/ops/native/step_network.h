@@ -9,6 +9,8 @@
 
 namespace gemstill {
 
+using torch::headeronly::ScalarType;
+
 struct Gain {  // of an RMSNorm, less one: [size] float or bfloat16
   const void* data;
   bool wide;
@@ -17,14 +19,16 @@ struct Gain {  // of an RMSNorm, less one: [size] float or bfloat16
 struct Layer {
   Gain input, q_norm, k_norm, post_attention, pre_feedforward, post_feedforward;
   Matrix q, k, v, o, gate, up, down;
-  void *keys, *values;  // [slots, G, size, d]
+  void *keys, *values;                // [slots, G, size, d]
+  float *key_scales, *value_scales;  // [slots, G, size, blocks of d], of int8
   int64_t size, window;
   bool local;
 };
 
 struct Network {
   int64_t D, I, H, G, d, V;
-  bool qk_norm, wide_cache;  // wide: keys and values are floats, not bfloat16
+  bool qk_norm;
+  ScalarType cache;  // Float, BFloat16 or Char
   double eps, embedding_scale, query_scale, softcap, final_softcap;
   const float* frequencies;  // [2, d / 2]: of global layers, of local ones
   Matrix embedding, head;
@@ -84,7 +88,7 @@ class Inputs {
   bool used_[3] = {};
 };
 
-constexpr int64_t PART = 1 << 15;  // bytes of weights that a thread takes at least
+constexpr int64_t PART = 1 << 16;  // bytes of weights that a thread takes at least
 
 struct Rows {  // the n tokens of a step: several of one slot follow one another
   int64_t n;
@@ -133,10 +137,10 @@ class Step {
     begin(own);
     for (const Layer& layer : net_.layers) {
       project(own, layer);
-      if (net_.wide_cache) {
-        attend_to_all<float>(own, layer);
-      } else {
-        attend_to_all<bfloat16>(own, layer);
+      switch (net_.cache) {
+        case ScalarType::Float: attend_to_all<float>(own, layer); break;
+        case ScalarType::BFloat16: attend_to_all<bfloat16>(own, layer); break;
+        default: attend_to_all<int8_t>(own, layer);
       }
       feed_forward(own, layer);
     }

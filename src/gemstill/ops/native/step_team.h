@@ -23,7 +23,7 @@ class Team {
     if (own == shares_) return f(0, count);
     int64_t begin = next_.load(std::memory_order_relaxed);
     while (begin < count) {
-      const int64_t end = std::min(count, begin + std::max(least, (count - begin) / (4 * shares_)));
+      const int64_t end = std::min(count, begin + std::max(least, (count - begin) / (2 * shares_)));
       if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
       f(begin, end);
       begin = next_.load(std::memory_order_relaxed);
