@@ -251,7 +251,7 @@ def training(config: ShrinkConfig) -> LoopConfig:
         windows_per_step=config.windows_per_step,
         micro_windows=config.windows_per_step,
         compile="off",
-        evaluate_every=max(1, steps // EVALUATIONS),
+        evaluate_every=-(-steps // EVALUATIONS),
         keep_last=1,
         optimizer=OptimizerConfig("adamw", config.code_rate, config.scale_rate, [0.9, 0.95], weight_decay=0.0),
         schedule=ScheduleConfig(warmup=0.05, final=0.05),
