@@ -99,6 +99,8 @@ def load_gguf(
     check_names({name: info.shape for name, info in file.tensors.items()}, model, where=path, spell=their_name)
     tokenizer = _tokenizer(file, tokenizer_fields)
     check_vocabulary(config, tokenizer, path)
+    del tokenizer_fields  # a vocabulary's texts are 25 MB that the weights may have
+    file.fields = {key: value for key, value in file.fields.items() if key.startswith(EXACT)}
     names = {name: their_name(name) for name, _ in model.named_parameters()}
     state: dict[str, Weight] = {}
     for ours, theirs in names.items():

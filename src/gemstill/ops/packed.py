@@ -21,7 +21,7 @@ from gemstill.ops.panels import BLOCK, FORMATS, PANEL
 FEW = 16  # vectors of a native step, at most
 MOST = 64  # vectors that are multiplied with the integers; more are with dequantized tiles of rows
 TILE = 1 << 20  # weights of such a tile
-ROWS = 1 << 18  # weights that are repacked at once
+ROWS = 1 << 17  # weights that are repacked at once
 MADE = {"int8": "Q8_0", "int4": "Q4_0"}  # the formats that `pack` makes
 
 
