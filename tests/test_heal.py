@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,17 @@ import torch
 import yaml
 
 from gemstill import cli, heal
-from gemstill.checkpoint.source import load, save
+from gemstill.checkpoint.source import load
 from gemstill.core.config import as_dict, parse
 from gemstill.core.errors import Error
 from gemstill.data.dataset import TokenDataset
-from gemstill.data.passages import cut, write_passages
+from gemstill.data.passages import CHARACTERS, cut, write_passages
 from gemstill.data.sources import Source
 from gemstill.heal import HealConfig
-from gemstill.model.transformer import Transformer
 from gemstill.train.answers import answers
-from gemstill.train.config import DataChoice, ModelChoice, SourceConfig, TrainConfig
-from gemstill.train.run import train
 from tests.checkpoint.gguf_models import GEMMA3
 from tests.model.tokenizers import small_tokenizer
-from tests.train.conftest import sentences
+from tests.taught import taught, write_books
 
 ROOT = Path(__file__).parents[1]
 SHAPE = replace(GEMMA3, num_layers=4, layer_pattern=2, hidden_size=32, head_dim=16, query_pre_attn_scalar=16.0)
@@ -36,27 +32,13 @@ SHAPE = replace(GEMMA3, num_layers=4, layer_pattern=2, hidden_size=32, head_dim=
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("heal") / "books"
-    folder.mkdir()
-    for number in range(20):
-        draw = random.Random(number)
-        paragraphs = (sentences(draw.randint(1, 4), 100 * number + turn) for turn in range(40))
-        (folder / f"{number:02}.txt").write_text("\n".join(paragraphs))
-    return folder
+    return write_books(tmp_path_factory.mktemp("heal") / "books")
 
 
 @pytest.fixture(scope="module")
 def teacher(books: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Gemma 3 that has learned the text, so that there is something to lose and to give back."""
-    from gemstill.data.shards import write_dataset
-
-    folder = tmp_path_factory.mktemp("teacher")
-    save(Transformer(SHAPE), small_tokenizer(), folder / "start")
-    write_dataset(books, small_tokenizer(), folder / "data", heldout_fraction=0, workers=1)
-    data = DataChoice([SourceConfig(str(folder / "data"))], str(folder / "start"), window=64)
-    start = ModelChoice(start=str(folder / "start"))
-    train(TrainConfig(run=str(folder / "run"), steps=60, windows_per_step=4, data=data, model=start, compile="off"))
-    return folder / "run" / "model"
+    """A small Gemma 3 with something to lose and to give back."""
+    return taught(SHAPE, books, tmp_path_factory.mktemp("teacher"))
 
 
 def recipe(teacher: Path, books: Path, run: Path, **changes: Any) -> HealConfig:
@@ -177,14 +159,14 @@ def test_the_recipe_says_what_it_would_take(capsys: pytest.CaptureFixture[str], 
 def test_passages(tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text("\n\n".join(f"{number} {'x' * 90}" for _ in range(25)))
-    options = {"length": 400, "train": 9_000, "heldout": 2_000, "heldout_fraction": 0.3}
+    options = {"window": 22, "train": 1_957, "heldout": 435, "heldout_fraction": 0.3}
     counts = write_passages(Source(tmp_path, pattern="*.txt"), tmp_path / "out", **options)
     texts = {}
     for split in ("train", "heldout"):
         lines = (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines()
         assert len(lines) == counts[split]
         texts[split] = [json.loads(line)["text"] for line in lines]
-        assert sum(map(len, texts[split])) == pytest.approx(options[split], rel=0.15)
+        assert sum(map(len, texts[split])) == pytest.approx(CHARACTERS * options[split], rel=0.15)
     owners = {split: {text.split()[0] for text in found} for split, found in texts.items()}
     assert not owners["train"] & owners["heldout"]  # documents are held out whole
     assert len(owners["train"]) > 12  # and the sample is of nearly all

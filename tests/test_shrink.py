@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -19,40 +18,25 @@ from gemstill import cli, shrink
 from gemstill.checkpoint.gguf_file import GgufFile
 from gemstill.checkpoint.source import load, save
 from gemstill.core.errors import Error
-from gemstill.data.shards import write_dataset
 from gemstill.data.sources import Source
 from gemstill.model.transformer import Transformer
 from gemstill.shrink import ShrinkConfig
-from gemstill.train.config import DataChoice, ModelChoice, SourceConfig, TrainConfig
-from gemstill.train.run import train
 from tests.checkpoint.gguf_models import GEMMA3
 from tests.model.tokenizers import small_tokenizer
-from tests.train.conftest import sentences
+from tests.taught import taught, write_books
 
 SHAPE = replace(GEMMA3, num_layers=3, layer_pattern=2, hidden_size=64, head_dim=32, intermediate_size=96)
 
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shrink") / "books"
-    folder.mkdir()
-    for number in range(20):
-        draw = random.Random(number)
-        paragraphs = (sentences(draw.randint(1, 4), 100 * number + turn) for turn in range(40))
-        (folder / f"{number:02}.txt").write_text("\n".join(paragraphs))
-    return folder
+    return write_books(tmp_path_factory.mktemp("shrink") / "books")
 
 
 @pytest.fixture(scope="module")
 def source(books: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Gemma 3 that has learned the text, so that rounding has something to spoil."""
-    folder = tmp_path_factory.mktemp("source")
-    save(Transformer(SHAPE), small_tokenizer(), folder / "start")
-    write_dataset(books, small_tokenizer(), folder / "data", heldout_fraction=0, workers=1)
-    data = DataChoice([SourceConfig(str(folder / "data"))], str(folder / "start"), window=64)
-    start = ModelChoice(start=str(folder / "start"))
-    train(TrainConfig(run=str(folder / "run"), steps=60, windows_per_step=4, data=data, model=start, compile="off"))
-    return folder / "run" / "model"
+    """A small Gemma 3 that rounding can spoil."""
+    return taught(SHAPE, books, tmp_path_factory.mktemp("source"))
 
 
 def recipe(source: Path, books: Path, run: Path, **changes: Any) -> ShrinkConfig:

@@ -31,8 +31,6 @@ from gemstill.train.config import (
     TrainConfig,
 )
 
-CHARACTERS = 4.6  # of prose for each token wanted; a little more than there are with a large vocabulary
-PASSAGE = 4  # windows that a passage has
 STUDENTS = ("next_token", "distilled")
 ROWS = ("teacher", "pruned", *STUDENTS)
 ANSWERED = 4  # windows at once when models are compared
@@ -145,15 +143,12 @@ def plan(config: HealConfig) -> dict[str, Any]:
 def _text(config: HealConfig) -> dict[str, int]:
     from gemstill.data.passages import write_passages
 
-    def characters(tokens: int) -> int:
-        return int(CHARACTERS * tokens)
-
     return write_passages(
         config.data,
         Path(config.run) / "text",
-        length=characters(PASSAGE * config.window),
-        train=characters(max(config.tokens, config.trial_tokens, config.calibration_tokens)),
-        heldout=characters(config.heldout_tokens),
+        window=config.window,
+        train=max(config.tokens, config.trial_tokens, config.calibration_tokens),
+        heldout=config.heldout_tokens,
         heldout_fraction=config.heldout_fraction,
     )
 

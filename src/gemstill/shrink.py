@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from gemstill.ops.rounding import Rounded
     from gemstill.text.tokenizer import Tokenizer
 
-CHARACTERS = 4.6  # of prose for each token wanted; a little more than there are with a large vocabulary
-PASSAGE = 4  # windows that a passage has
 SPREAD = 4  # times the held-out text that is read: so many more passages that it is taken from
 EVALUATIONS = 4  # during training
 BATCH = 4  # pieces run at once without gradients
@@ -151,15 +149,12 @@ def check(config: ShrinkConfig) -> None:
 def _text(config: ShrinkConfig) -> dict[str, int]:
     from gemstill.data.passages import write_passages
 
-    def characters(tokens: int) -> int:
-        return int(CHARACTERS * tokens)
-
     return write_passages(
         config.data,
         Path(config.run) / "text",
-        length=characters(PASSAGE * config.window),
-        train=characters(max(config.tokens, config.calibration_tokens)),
-        heldout=characters(SPREAD * config.heldout_tokens),
+        window=config.window,
+        train=max(config.tokens, config.calibration_tokens),
+        heldout=SPREAD * config.heldout_tokens,
         heldout_fraction=config.heldout_fraction,
     )
 

@@ -386,14 +386,15 @@ def test_short_memory_admits_fewer_and_says_so_once() -> None:
     assert 1 <= int(done.stdout.split()[-1]) <= 3
 
 
-def test_a_text_too_large_for_the_machine_is_an_error_and_the_next_is_answered() -> None:
+def test_a_text_too_large_for_the_machine_is_an_error_and_the_next_is_answered(monkeypatch) -> None:
     """No machine has a petabyte: the allocation itself fails."""
     engine = Engine(network(replace(SMALL, max_position=1 << 31)), slots=2)
-    engine._slots.make_room = lambda _: engine._slots._resize([0], 1, 1 << 40)  # type: ignore[method-assign]
+    slots = engine._slots
+    monkeypatch.setattr(slots, "make_room", lambda _: slots._resize([0], 1, 1 << 40))
     answer = engine.run([Request([2, 3], max_new_tokens=1)])[0]
     assert answer.ended == "error"
     assert "memory does not suffice for a text of 3 tokens" in str(answer.error)
-    del engine._slots.make_room
+    monkeypatch.undo()
     assert len(ids(engine.run([Request([2, 3], max_new_tokens=1)])[0])) == 1
 
 

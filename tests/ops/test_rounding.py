@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,6 +89,6 @@ def test_gptq_is_the_rule_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("work", [search_scales, lambda weight: gptq(weight, torch.eye(40))])
-def test_rows_that_blocks_do_not_divide(work: object) -> None:
+def test_rows_that_blocks_do_not_divide(work: Callable[[Tensor], object]) -> None:
     with pytest.raises(Error, match="a row of 40 weights is not a multiple of 32"):
-        work(weights(2, 40))  # type: ignore[operator]
+        work(weights(2, 40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -175,6 +176,6 @@ def test_hard_labels_mix_in_by_a_line() -> None:
         (lambda: HardConfig(start=2.0), "start"),
     ],
 )
-def test_bad_values_are_refused_by_name(make: object, name: str) -> None:
+def test_bad_values_are_refused_by_name(make: Callable[[], object], name: str) -> None:
     with pytest.raises(Error, match=name):
-        make()  # type: ignore[operator]
+        make()

@@ -12,16 +12,18 @@ from gemstill.core.errors import Error
 from gemstill.data.shards import is_heldout
 from gemstill.data.sources import Source, read_source
 
+CHARACTERS = 4.6  # of prose for each token wanted; a little more than there are with a large vocabulary
+WINDOWS = 4  # that a passage has
 SHORTEST = 200  # characters: what is left of a document at its end and shorter is left out
 
 
 def write_passages(
-    source: Source, folder: Path, *, length: int, train: int, heldout: int, heldout_fraction: float
+    source: Source, folder: Path, *, window: int, train: int, heldout: int, heldout_fraction: float
 ) -> dict[str, int]:
-    """Write `folder`/train.jsonl and heldout.jsonl, about so many characters of passages each; gives their counts.
+    """Write `folder`/train.jsonl and heldout.jsonl, passages for about so many tokens each; gives their counts.
 
-    Documents are held out whole, by the hash of their text, and cut at paragraphs into passages of about `length`
-    characters. Of all passages of a split, in order, the sample takes every so-manieth.
+    Documents are held out whole, by the hash of their text, and cut at paragraphs into passages of about WINDOWS
+    windows of `window` tokens. Of all passages of a split, in order, the sample takes every so-manieth.
 
     Raises:
         Error: the source cannot be read, has too little text, or none of its documents are held out.
@@ -30,10 +32,11 @@ def write_passages(
     for document in read_source(source):
         held = is_heldout(hashlib.sha256(document.text.encode()).digest(), heldout_fraction)
         parts = passages["heldout" if held else "train"]
-        parts += [(f"{document.id}#{number}", part) for number, part in enumerate(cut(document.text, length))]
+        pieces = cut(document.text, int(CHARACTERS * WINDOWS * window))
+        parts += [(f"{document.id}#{number}", part) for number, part in enumerate(pieces)]
     counts = {}
-    for split, wanted in (("train", train), ("heldout", heldout)):
-        found = passages[split]
+    for split, tokens in (("train", train), ("heldout", heldout)):
+        found, wanted = passages[split], int(CHARACTERS * tokens)
         total = sum(len(text) for _, text in found)
         if total < wanted:
             what = f"has {total:,} characters of {split} text in passages, {wanted:,} are needed"

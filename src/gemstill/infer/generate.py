@@ -134,7 +134,7 @@ class Generation:
 
 
 @overload
-def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
+def generate(
     model: Transformer, tokenizer: Tokenizer, prompt: Prompt,
     *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., min_p: float = ...,
     repetition_penalty: float = ..., seed: int = ..., stop: Sequence[str] = ...,
@@ -143,7 +143,7 @@ def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
 
 @overload
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[Prompt],
+    model: Transformer, tokenizer: Tokenizer, prompt: list[Prompt],
     *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., min_p: float = ...,
     repetition_penalty: float = ..., seed: int = ..., stop: Sequence[str] = ...,
 ) -> list[str]: ...  # fmt: skip
@@ -152,7 +152,7 @@ def generate(
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: Prompt | Sequence[Prompt],
+    prompt: Prompt | list[Prompt],
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
