@@ -35,7 +35,8 @@ from load import WEIGHTS, write_2b
 from runners import Runner
 
 PROMPT, ANSWER, LONG, BATCH = 512, 128, 4096, 8
-BYTES = {"bf16": 2.0, "int8": 34 / 32, "int4": 18 / 32}  # for each weight
+BYTES = {"bf16": 2.0, "int8": 34 / 32, "int4": 18 / 32}  # for each weight of the blocks
+HEAD = BYTES | {"int4": 34 / 32}  # and of the embedding, which Q4_0 files have in Q8_0
 FILES = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 SPARE = 64 << 20  # bytes of memory that a row may take beside weights and cache
 
@@ -82,10 +83,10 @@ def limit(job: str, kind: str, config: ModelConfig, machine: Machine) -> float:
     body, head = body_and_head(config)
     ask = JOBS[job].ask
     if ask["job"] == "decode":
-        return machine.read * 1e9 / ((body + head) * BYTES[kind]) * int(ask["batch"])
+        return machine.read * 1e9 / (body * BYTES[kind] + head * HEAD[kind]) * int(ask["batch"])
     tokens = int(ask["tokens"])
     rate = machine.rate(machine.fast_dtype) * 1e9
-    reading = (body + head) * BYTES[kind] / (machine.read * 1e9)
+    reading = (body * BYTES[kind] + head * HEAD[kind]) / (machine.read * 1e9)
     return tokens / max(2 * (body * tokens + head) / rate, reading)
 
 
@@ -201,7 +202,7 @@ def memory(kind: str, side: Side, config: ModelConfig) -> Row:
     body, head = body_and_head(config)
     heads = config.num_kv_heads * config.head_dim * config.num_layers
     cache = 2 * 2 * heads * (PROMPT + ANSWER)
-    allowed = 1.05 * ((body + head) * BYTES[kind] + cache) + SPARE
+    allowed = 1.05 * (body * BYTES[kind] + head * HEAD[kind] + cache) + SPARE
     runner = Runner(side.program, side.model, **side.settings[0])
     runner.ask(**JOBS["decode"].ask)
     peak = runner.ask("memory")
