@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "gemstill"
 FILES = sorted(SOURCE.rglob("*.py"))
 # Top to bottom: a room may import from rooms below it, never from one above.
 ROOMS = [
-    "__main__", "cli", "ladder", "shrink", "heal", "quickstart", "report", "serve", "evaluate", "posttrain", "train",
+    "__main__", "cli", "ladder", "shrink", "heal", "quickstart", "report", "serve", "evaluation", "posttrain", "train",
     "distill", "data", "infer", "checkpoint", "text", "model", "ops", "core",
 ]  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_NETWORK = 500, 80, 400
