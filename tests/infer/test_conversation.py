@@ -103,6 +103,7 @@ def test_a_stopped_answer_stays_as_far_as_it_came():
 
 def test_a_turn_stopped_before_its_first_token_is_not_kept(monkeypatch):
     monkeypatch.setattr(room, "CHUNK", 4)
+    monkeypatch.setattr(room, "FEW", 3)  # through the layers one by one
     conversation = talk()
     conversation.engine.model.layers[0].register_forward_hook(lambda *_: conversation.stop())  # on the way through it
     assert list(conversation.say("def")) == []

@@ -221,6 +221,7 @@ def test_a_common_beginning_is_computed_once(spare: int, chunk: int, monkeypatch
     """However late in it the others come, and though the rings of whom they follow keep little more than a window."""
     monkeypatch.setattr(cache_room, "SPARE", spare)
     monkeypatch.setattr(room, "CHUNK", chunk)
+    monkeypatch.setattr(room, "FEW", min(room.FEW, spare))  # a ring takes no more rows at once than it has to spare
     model, beginning = network(), tokens(60)
     prompts = [[*beginning, 10 + n, *tokens(5, seed=n)] for n in range(12)]
     engine = Engine(model)
@@ -233,6 +234,28 @@ def test_a_common_beginning_is_computed_once(spare: int, chunk: int, monkeypatch
     late = spare == 15 and chunk == 512  # the whole beginning and more was read in that one step
     assert engine.fed <= 60 + 12 * 6 + 60 * late
     assert sum(answer.prefilled for answer in answers) == engine.fed
+
+
+@pytest.mark.skipif(bool(why_not()), reason="no kernels")
+def test_short_prompts_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And beside the next tokens of other texts; none of them is split, for nothing would be gained."""
+    sizes: list[int] = []
+
+    class Counting(step_room.Step):
+        def __call__(self, tokens: Sequence[int], *more: Any) -> Any:
+            sizes.append(len(tokens))
+            return super().__call__(tokens, *more)
+
+    monkeypatch.setattr(room, "Step", Counting)
+    model, prompts = network(), [tokens(20, seed) for seed in range(1, 8)]
+    engine = Engine(model)
+    first = engine.submit(Request(prompts[0], max_new_tokens=3))
+    engine.step()
+    others = engine.run(Request(prompt, max_new_tokens=2) for prompt in prompts[1:])
+    assert sizes == [20, 1 + 3 * 20, 3 * 20, 7]
+    assert [ids(answer) for answer in (first, *others)] == [
+        alone(model, prompt, 2 + (prompt is prompts[0])) for prompt in prompts
+    ]
 
 
 def test_a_text_that_goes_on_is_not_read_again() -> None:

@@ -37,6 +37,14 @@ def walk(model, tokens, cache, slots, starts=None):
     return torch.stack([torch.stack(row) for row in rows])
 
 
+def pack_all(model, kind):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            packed = pack(module.weight, kind)
+            del module.weight
+            module.weight = packed
+
+
 @pytest.mark.parametrize("config", [*grid(12, seed=5), GEMMA3, WIDE, QK], ids=name_of)
 @torch.no_grad()
 def test_any_network(config):
@@ -89,6 +97,27 @@ def test_several_tokens_of_one_text():
     assert cache.lengths == [15, 3]
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@torch.no_grad()
+def test_whole_prompts_side_by_side(kind):
+    """64 tokens at once, past the window; each text as it is alone, to the last bit."""
+    config = replace(WIDE, vocab_size=70, sliding_window=9)
+    model = network(config, torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    if kind == "int8":
+        pack_all(model, kind)
+    model.compute_dtype = torch.float32
+    tokens, sizes = text(config, 4, 33), [33, 1, 19, 11]
+    cache = SlotCache(config, 4, 34)
+    rows = [(token, slot) for slot, size in enumerate(sizes) for token in tokens[slot, :size].tolist()]
+    together = Step(model, cache)(*map(list, zip(*rows, strict=True)))
+    assert cache.lengths == sizes
+    for slot, part in enumerate(together.split(sizes)):
+        alone = Step(model, SlotCache(config, 1, 34))(tokens[slot, : sizes[slot]].tolist(), [0] * sizes[slot])
+        assert torch.equal(part, alone)
+        true = model(tokens[slot : slot + 1, : sizes[slot]])[0]
+        assert (part - true).abs().max() < (1e-3 if kind == "int8" else 1e-5) * true.abs().max()
+
+
 @torch.no_grad()
 def test_of_bfloat16_weights_it_is_the_float32_network():
     model = network(WIDE, torch.bfloat16)
@@ -129,12 +158,10 @@ def test_packed_weights(kind):
     """Products in integers of 15 bits, so somewhat less exact."""
     config = replace(WIDE, vocab_size=70)
     model, rounded = network(config), network(config)
+    pack_all(model, kind)
     for module, other in zip(model.modules(), rounded.modules(), strict=True):
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            packed = pack(module.weight, kind)
-            other.weight.copy_(packed.rows(0, len(packed)))
-            del module.weight
-            module.weight = packed
+            other.weight.copy_(module.weight.rows(0, len(module.weight)))
     tokens, cache = text(config, 2, 12), SlotCache(config, 2, 12)
     model.compute_dtype = torch.float32
     true = rounded(tokens)
@@ -173,7 +200,7 @@ def test_where_it_cannot_be_it_says_so_and_does_nothing(monkeypatch):
     def refused(model, cache=cache, tokens=1):
         return Step(model, cache)([1] * tokens, [0] * tokens) is None and cache.lengths == [0]
 
-    assert refused(ours(BASE), tokens=17)
+    assert refused(ours(BASE), tokens=65)
     assert refused(ours(BASE), tokens=0)
     assert refused(ours(BASE), SlotCache(BASE, 1, 30, torch.float64))
     assert refused(network(BASE, torch.float64))

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,29 @@ MOST = 16  # answers at once
 CHUNK = 512  # prompt tokens read in a step: bounds its memory
 BESIDE = 128  # the same while other answers wait for their next token
 ELEMENTS = 1 << 25  # logits of a prompt held at once where its log-probabilities are asked for
+
+
+class Piece(NamedTuple):
+    """Tokens [start, end) of a text, which a step computes behind the `start` that are computed."""
+
+    answer: Answer
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    @property
+    def last(self) -> bool:
+        """Whether the text ends with it, so that its last token's logits are wanted."""
+        return self.end == len(self.answer.text)
+
+    @property
+    def short(self) -> bool:
+        """Whether a native step can compute it beside others."""
+        scored = self.answer.request.prompt_logprobs and not (self.last and self.size == 1)
+        return self.size <= FEW and not scored
 
 
 class Engine:
@@ -174,9 +198,7 @@ class Engine:
             admitting = False
             if not (busy := self._slots.busy):
                 return False
-            stops = self._share(busy)
-            drawn = self._decode([answer for answer in busy if answer.begun])
-            self._read([answer for answer in busy if answer.slot is not None], stops, BESIDE if drawn else CHUNK)
+            self._compute(self._plan(busy, self._share(busy)))
         except Exception as error:
             if not _short_of_memory(error):
                 self._restart()
@@ -187,9 +209,9 @@ class Engine:
             raise
         return True
 
-    def _left(self, answer: Answer) -> int:
-        """How many tokens of an answer's text are not in the cache."""
-        return len(answer.text) - self._slots.held(self._slots.of(answer))
+    def _held(self, answer: Answer) -> int:
+        """How many tokens of an answer's text are in the cache."""
+        return self._slots.held(self._slots.of(answer))
 
     def _free_cancelled(self) -> None:
         for answer in self._slots.busy:
@@ -222,71 +244,89 @@ class Engine:
                 stops[match.slot] = min(match.shared, stops.get(match.slot, match.shared))
         return stops
 
-    def _read(self, busy: Sequence[Answer], stops: dict[int | None, int], tokens: int) -> None:
-        """Read so many tokens of prompts, those that were asked for first before the others."""
-        for answer in busy:
-            if not answer.begun or answer.slot is None or (left := self._left(answer)) <= 1 or tokens <= 0:
-                continue
-            count, held = min(left, tokens), self._slots.held(answer.slot)
-            if held < stops.get(answer.slot, 0):
-                count = min(count, stops[answer.slot] - held)
-            tokens -= count
-            self._feed(answer, held, count)
+    def _plan(self, busy: Sequence[Answer], stops: dict[int | None, int]) -> list[Piece]:
+        """What this step computes: the token that a text lacks, then parts of prompts, those asked for first before."""
+        lacking = [Piece(answer, self._held(answer), len(answer.text)) for answer in busy if answer.begun]
+        pieces = [piece for piece in lacking if piece.size == 1]
+        tokens = BESIDE if pieces else CHUNK
+        for answer, start, end in (piece for piece in lacking if piece.size > 1):
+            waited_for = stops.get(answer.slot, 0)
+            stop = min(end, start + tokens, waited_for if start < waited_for else end)
+            if start < stop:
+                pieces.append(Piece(answer, start, stop))
+                tokens -= stop - start
+        return pieces
 
-    def _feed(self, answer: Answer, held: int, count: int) -> None:
-        """Read `count` tokens of a prompt, behind the `held` that are read."""
-        request, end = answer.request, held + count
-        self._slots.make_room(end)
-        last, targets = end == len(answer.text), []
-        if request.prompt_logprobs:
-            answer.prompt_logprobs = answer.prompt_logprobs[:held]
-            targets = answer.text[held + 1 : min(end + 1, len(request.prompt))]
-        tokens = torch.tensor([answer.text[held:end]], device=self._slots.device)
-        assert self._slots.cache is not None
-        view = self._slots.cache.view(self._slots.of(answer))
-        logprobs, found = self.model(tokens, cache=view, readout=_OfPrompt(targets, last))
-        self._count_fed(answer, held, count)
-        answer.prompt_logprobs += logprobs
-        if last and answer.full:
-            self._end(answer, answer.full)  # the log-probabilities of the prompt alone were asked for
-        elif last:
-            self._take(answer, found[0].float().cpu())
+    def _compute(self, pieces: Sequence[Piece]) -> None:
+        """Short pieces together, as many as a native step takes; then the others one by one."""
+        few: list[Piece] = []
+        large = [piece for piece in pieces if not piece.short]
+        for piece in (piece for piece in pieces if piece.short):
+            if sum(one.size for one in few) + piece.size > FEW:
+                self._feed_few(few)
+                few = []
+            few.append(piece)
+        if few:
+            self._feed_few(few)
+        for piece in large:
+            self._feed(piece)
 
-    def _decode(self, answers: Sequence[Answer]) -> bool:
-        """The next token of answers that lack one token in the cache, in native code also a few; whether there are."""
+    def _feed_few(self, pieces: Sequence[Piece]) -> None:
+        """Compute short pieces, FEW tokens in all, in one pass over the weights as far as that can be."""
+        self._slots.make_room(max(piece.end for piece in pieces))
         cache = self._slots.cache
         assert cache is not None
-        lacking = sorted(((answer, self._left(answer)) for answer in answers), key=lambda pair: pair[1])
-        few: list[tuple[Answer, int]] = []
-        for answer, left in lacking:
-            if left == 1 or (left <= FEW - sum(n for _, n in few) and not answer.request.prompt_logprobs):
-                few.append((answer, left))
-        if not few:
-            return False
-        self._slots.make_room(max(len(answer.text) for answer, _ in few))
         if self._native is None or self._native.cache is not cache:
             self._native = Step(self.model, cache)
-        tokens = [token for answer, left in few for token in answer.text[-left:]]
-        slots = [self._slots.of(answer) for answer, left in few for _ in range(left)]
-        found = self._native(tokens, slots, [n - 1 for n in itertools.accumulate(left for _, left in few)])
+        tokens = [token for piece in pieces for token in piece.answer.text[piece.start : piece.end]]
+        slots = [self._slots.of(piece.answer) for piece in pieces for _ in range(piece.size)]
+        ends = zip(pieces, itertools.accumulate(piece.size for piece in pieces), strict=True)
+        found = self._native(tokens, slots, [end - 1 for piece, end in ends if piece.last])
         if found is None:
-            few = [(answer, left) for answer, left in few if left == 1]
-            if not few:
-                return False
-            last = torch.tensor([answer.text[-1:] for answer, _ in few], device=self._slots.device)
-            view = cache.view(*(self._slots.of(answer) for answer, _ in few))
-            found = self.model(last, cache=view, readout=last_logits).float().cpu()
-        for (answer, left), row in zip(few, found, strict=True):
-            self._count_fed(answer, len(answer.text) - left, left)
-            if answer.full:
-                self._end(answer, answer.full)
-            else:
-                self._take(answer, row)
-        return True
+            self._feed_plain(pieces)
+            return
+        rows = iter(found)
+        for piece in pieces:
+            self._fed(piece, next(rows) if piece.last else None)
 
-    def _count_fed(self, answer: Answer, held: int, count: int) -> None:
-        self.fed += count
-        answer.prefilled += max(0, min(held + count, len(answer.request.prompt)) - held)
+    def _feed_plain(self, pieces: Sequence[Piece]) -> None:
+        """The same in PyTorch: the next tokens of texts together, parts of prompts one by one."""
+        single = [piece for piece in pieces if piece.last and piece.size == 1]
+        others = [piece for piece in pieces if piece not in single]
+        if single:
+            last = torch.tensor([piece.answer.text[-1:] for piece in single], device=self._slots.device)
+            assert self._slots.cache is not None
+            view = self._slots.cache.view(*(self._slots.of(piece.answer) for piece in single))
+            found = self.model(last, cache=view, readout=last_logits).float().cpu()
+            for piece, row in zip(single, found, strict=True):
+                self._fed(piece, row)
+        for piece in others:
+            self._feed(piece)
+
+    def _feed(self, piece: Piece) -> None:
+        """Compute a part of a prompt in PyTorch."""
+        answer, start, end = piece
+        self._slots.make_room(end)
+        targets: list[int] = []
+        if answer.request.prompt_logprobs:
+            answer.prompt_logprobs = answer.prompt_logprobs[:start]
+            targets = answer.text[start + 1 : min(end + 1, len(answer.request.prompt))]
+        tokens = torch.tensor([answer.text[start:end]], device=self._slots.device)
+        assert self._slots.cache is not None
+        view = self._slots.cache.view(self._slots.of(answer))
+        logprobs, found = self.model(tokens, cache=view, readout=_OfPrompt(targets, piece.last))
+        answer.prompt_logprobs += logprobs
+        self._fed(piece, None if found is None else found[0].float().cpu())
+
+    def _fed(self, piece: Piece, row: Tensor | None) -> None:
+        """Go on after a piece; row: the logits [V] float32 of the last one of a text."""
+        answer, start, end = piece
+        self.fed += piece.size
+        answer.prefilled += max(0, min(end, len(answer.request.prompt)) - start)
+        if row is not None and answer.full:
+            self._end(answer, answer.full)  # the log-probabilities of the prompt alone were asked for
+        elif row is not None:
+            self._take(answer, row)
 
     def _take(self, answer: Answer, row: Tensor) -> None:
         """Draw an answer's next token from its logits [V] float32, which are overwritten."""

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gemstill.core.errors import Error
-from gemstill.model.slots import SlotCache
+from gemstill.model.slots import SPARE, SlotCache
 from gemstill.model.transformer import Transformer
 from gemstill.ops.native import DTYPES, kernels
 from gemstill.ops.packed import FEW, Packed
 
+assert FEW <= SPARE  # all rows of a text are stored before the first of them looks
 PLAIN = -1  # the kind of a weight that is a tensor: its dtype says the rest
 _CACHED = {*DTYPES, torch.int8}
 _BLOCK = (
@@ -67,7 +68,7 @@ class Step:
         are asked for, all by default.
 
         Returns logits [len(wanted), V] float32; None, and nothing is done, where this cannot be computed natively:
-        more than 16 tokens, no kernels, another device, weights or a cache of another dtype than float32 and
+        more than 64 tokens, no kernels, another device, weights or a cache of another dtype than float32 and
         bfloat16 or packed ones. Then Transformer.forward on cache.view(…) is the way.
 
         Raises:

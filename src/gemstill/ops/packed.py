@@ -18,8 +18,7 @@ from gemstill.ops.blocks import BLOCKS, empty, quantize
 from gemstill.ops.native import kernels
 from gemstill.ops.panels import BLOCK, FORMATS, PANEL
 
-FEW = 16  # vectors of a native step, at most
-MOST = 64  # vectors that are multiplied with the integers; more are with dequantized tiles of rows
+FEW = 64  # vectors that are multiplied with the integers, tokens of a native step; more are with dequantized tiles
 TILE = 1 << 20  # weights of such a tile
 ROWS = 1 << 17  # weights that are repacked at once
 MADE = {"int8": "Q8_0", "int4": "Q4_0"}  # the formats that `pack` makes
@@ -190,7 +189,7 @@ def packed_linear(x: Tensor, *weights: Weight, out: Tensor | None = None) -> Ten
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if out is None:
         out = torch.empty(len(flat), sum(map(len, weights)), dtype=x.dtype, device=x.device)
-    if len(flat) <= MOST and (native := kernels(x)) is not None and all(isinstance(w, Packed) for w in weights):
+    if len(flat) <= FEW and (native := kernels(x)) is not None and all(isinstance(w, Packed) for w in weights):
         parts: Any = weights
         data, kinds = [part.data for part in parts], [part.order.number for part in parts]
         native.packed_linear(flat, data, kinds, [len(part) for part in parts], out)
