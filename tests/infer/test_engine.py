@@ -465,6 +465,24 @@ def test_accept_ends_and_fails_for_its_own_request() -> None:
     assert "from within a step" in str(failed.error)
 
 
+def test_what_is_cancelled_during_a_step_is_gone_after_it() -> None:
+    """A waiting one and one with a slot: else the last step of all would leave them there."""
+    engine = Engine(network(), slots=2)
+
+    def accept(_: int) -> bool:
+        for answer in others:
+            engine.abandon(answer)
+        return True
+
+    first = engine.submit(Request(tokens(4), accept=accept))
+    others = [engine.submit(Request(tokens(5, seed))) for seed in (1, 2)]
+    while not first.ended:
+        engine.step()
+    assert [answer.ended for answer in others] == ["cancelled"] * 2
+    assert not engine._waiting
+    assert not any(engine._slots.users)
+
+
 def test_threads() -> None:
     """Four threads ask one engine, each waits for its own; another one interrupts and cancels."""
     model = network()

@@ -173,6 +173,7 @@ class Engine:
         finally:
             with self._turn:
                 self._stepper = None
+                self._free_cancelled()
                 self._turn.notify_all()
 
     def abandon(self, answer: Answer) -> None:
