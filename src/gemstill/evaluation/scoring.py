@@ -42,7 +42,7 @@ def score(model: Transformer, texts: Sequence[Text], *, batch_tokens: int = 0) -
     dtype = model.compute_dtype or weight.dtype
     longest = max((len(text.tokens) - 1 for text in texts), default=0)
     trunk = Trunk(model.config, longest, dtype, weight.device)
-    sums, greedy, left = [0.0] * len(texts), [True] * len(texts), [text.count for text in texts]
+    sums, greedy, left = [0.0] * len(texts), [True] * len(texts), [text.asked for text in texts]
     for one in _passes(root, budget):
         trunk.cut(one.trunk)
         asks, logprobs, likeliest = _compute(model, trunk, one)

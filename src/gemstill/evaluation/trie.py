@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 
 class Text(NamedTuple):
-    """A text of ids, of whose last `count` tokens the log-probabilities are asked for; one more at least is there."""
+    """A text of ids, of whose last `asked` tokens the log-probabilities are asked for; one more at least is there."""
 
     tokens: Sequence[int]
-    count: int
+    asked: int
 
 
 class Ask(NamedTuple):
@@ -47,7 +47,7 @@ class Node:
             agenda += reversed(node.children)
 
     def divided(self, tokens: int) -> list[Node]:
-        """Nodes that say the same, each with this one's run and some of its children, `tokens` together or one alone."""
+        """Nodes that say the same, each this one's run with some of its children: `tokens` together, or one child."""
         found: list[Node] = []
         for child in self.children:
             if not found or found[-1].size + child.size > tokens:
@@ -85,7 +85,7 @@ def grow(texts: Sequence[Text]) -> Node:
         last[key], previous = node, key
     for number, (text, key) in enumerate(zip(texts, keys, strict=True)):
         node, length = last[key], len(text.tokens)
-        for place in range(length - 2, length - 2 - text.count, -1):
+        for place in range(length - 2, length - 2 - text.asked, -1):
             while place < node.start:
                 node = parents[node]
             node.asks.append(Ask(place - node.start, text.tokens[place + 1], number))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemstill.core.errors import Error
+from gemstill.ops.logits import Cap, Sparse, cut, product, wide
 from gemstill.ops.loss import (
     Backward,
     linear_cross_entropy,
@@ -22,7 +23,6 @@ from gemstill.ops.loss import (
     linear_reverse_kl,
     log_probs,
 )
-from gemstill.ops.logits import Cap, Sparse, cut, product, wide
 from gemstill.ops.packed import Packed, Weight
 from gemstill.ops.target import OnlineTarget, Target
 

@@ -297,9 +297,7 @@ class SlotLayerView:
         keys, values, stored = self._stored(keys, values, positions, start)
         return keys, values, make_mask(positions, stored, positions.clamp(max=0), stored.clamp(max=0), window)
 
-    def _stored(
-        self, keys: Tensor, values: Tensor, positions: Tensor, start: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _stored(self, keys: Tensor, values: Tensor, positions: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Store new tokens; the keys and values to look at, and their positions [n, m], -1 where there is nothing."""
         layer, T = self.layer, keys.shape[2]
         slots = torch.tensor(self.slots, device=keys.device)
