@@ -1,0 +1,165 @@
+"""A model on lm-eval's tasks, resumable, with its scores, items and data in one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemstill.core.files import locked, write, writing
+from gemstill.core.notices import note
+from gemstill.evaluation.answers import Answering, Answers
+from gemstill.evaluation.suites import SUITES, Suite
+from gemstill.evaluation.table import rows
+from gemstill.evaluation.tasks import SEED, Asked, Selected, cut, quiet, select
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gemstill.model.transformer import Transformer
+    from gemstill.text.tokenizer import Tokenizer
+
+ANSWERS, RESULTS, SAMPLES = "answers.jsonl", "results.json", "samples"
+_SAMPLED = 1 << 16  # values of each weight that tell one model from another
+_BOOTSTRAP = 1000  # draws, for the standard errors of metrics that are no means
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How tasks are run. limit: items of a task (a group is one task); 0: all. turns: prompts as the model's turns.
+
+    seed: which items a limit takes. unsafe_code: run a model's programs even where there is no jail.
+    """
+
+    limit: int = 0
+    data_root: Path | None = None
+    turns: bool = False
+    seed: int = 0
+    unsafe_code: bool = False
+
+
+def asked_of(tasks: str | Sequence[str], shots: int | None = None) -> list[Asked]:
+    """The tasks of a suite, or those of these names."""
+    if isinstance(tasks, str) and tasks in SUITES:
+        return SUITES[tasks].asked()
+    return [Asked(task, shots) for task in ([tasks] if isinstance(tasks, str) else tasks)]
+
+
+def measure(
+    lm: Any, model: str, asked: Sequence[Asked], setting: Setting, out: Path | None, table: Suite | None, name: str
+) -> dict[str, Any]:
+    """Run tasks with any model of lm-eval's interface. model: its fingerprint."""
+    with locked(out) if out else contextlib.nullcontext():
+        with Answers(out / ANSWERS if out else None, model, name) as answers:
+            chosen = select(asked, data_root=setting.data_root, unsafe_code=setting.unsafe_code)
+            _tell(chosen)
+            cut(chosen, setting.limit, setting.seed)
+            results = _asked(lm, answers, chosen, setting)
+        results["config"] = {
+            "model": name, "model_args": {}, "batch_size": None, "limit": setting.limit or None,
+            "bootstrap_iters": _BOOTSTRAP, "random_seed": 0, "numpy_seed": SEED, "torch_seed": SEED,
+            "fewshot_seed": SEED,
+        }  # fmt: skip
+        truncated = getattr(lm, "truncated", 0)
+        if truncated:
+            note(f"{truncated} requests were longer than the context and lost their beginning", where=name)
+        results["gemstill"] = {
+            "suite": table.name if table else "",
+            "fingerprint": model,
+            "asked": chosen.leaves,
+            "rows": rows(results, chosen.leaves, table),
+            "left_out": chosen.left_out,
+            "notes": chosen.notes,
+            "files": chosen.files,
+            "truncated": truncated,
+            "turns": setting.turns,
+            "seed": setting.seed,
+        }
+        if out:
+            _write(results, out)
+    return results
+
+
+def _tell(chosen: Selected) -> None:
+    """Say what is left out: one line for each name asked for."""
+    for name, members in chosen.members.items():
+        gone = {task: reason for task, reason in chosen.left_out.items() if task in members}
+        if list(gone) == [name]:
+            note(f"left out: {gone[name]}", where=name)
+        elif gone:
+            first, reason = next(iter(gone.items()))
+            what = "left out" if len(gone) == len(members) else f"{len(gone)} of its {len(members)} tasks left out"
+            note(f"{what} ({first}: {reason})", where=name)
+
+
+def _asked(lm: Any, answers: Answers, chosen: Selected, setting: Setting) -> dict[str, Any]:
+    """lm-eval's own loop over the chosen tasks."""
+    import lm_eval.evaluator
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(SEED)
+    torch.manual_seed(SEED)
+    versions = {name: task.VERSION for name, task in chosen.tasks.items()}
+    with quiet(), _one_process():
+        results: dict[str, Any] = lm_eval.evaluator.evaluate(
+            Answering(lm, answers, versions),
+            {"tasks": chosen.tasks, "groups": chosen.groups},
+            samples=chosen.samples,
+            bootstrap_iters=_BOOTSTRAP,
+            apply_chat_template=setting.turns,
+            fewshot_as_multiturn=setting.turns,
+            confirm_run_unsafe_code=True,
+        )
+    for config in results["configs"].values():
+        if "custom_dataset" in config:
+            config["custom_dataset"] = "files under the data root"
+    return results
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """lm-eval draws its bootstrap in this process: a pool of processes would take longer to start."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+
+
+def _write(results: dict[str, Any], out: Path) -> None:
+    from lm_eval.utils import handle_non_serializable
+
+    def as_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent, default=handle_non_serializable) + "\n"
+
+    with writing(out / SAMPLES, folder=True) as folder:
+        for task, samples in results["samples"].items():
+            text = "".join(map(as_json, samples))
+            (folder / f"{task}.jsonl").write_text(text, encoding="utf-8")
+    write(out / RESULTS, as_json({key: value for key, value in results.items() if key != SAMPLES}, 2))
+
+
+def fingerprint(model: Transformer, tokenizer: Tokenizer) -> str:
+    """Tells one model from another by its network, tokenizer, precision and up to 65,536 values of each weight."""
+    import torch
+
+    from gemstill.model.quantized import named_weights
+
+    digest = hashlib.sha256(f"{model.config}|{model.compute_dtype}|{tokenizer.fingerprint}".encode())
+    for weight_name, weight in named_weights(model):
+        data: Tensor = weight if isinstance(weight, torch.Tensor) else weight.data
+        flat = data.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLED)].contiguous().cpu()
+        digest.update(f"{weight_name}|{tuple(weight.shape)}|{data.dtype}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
