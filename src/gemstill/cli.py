@@ -114,6 +114,12 @@ COMMANDS = {
         places=("source",),
         resumes=False,
     ),
+    "eval": Command(
+        "measure a model on benchmarks: a suite of the Gemma 2 report, or any of lm-eval's tasks",
+        "evaluation.command",
+        "evaluation.command:EvalConfig",
+        places=("source",),
+    ),
     "export": Command(
         "write a model in a format that others open: a Hugging Face folder, or a GGUF file for llama.cpp",
         "checkpoint.export",
