@@ -114,6 +114,12 @@ COMMANDS = {
         places=("source",),
         resumes=False,
     ),
+    "eval": Command(
+        "measure a model on benchmarks: a suite of the Gemma 2 report, or any of lm-eval's tasks",
+        "evaluation.command",
+        "evaluation.command:EvalConfig",
+        places=("source",),
+    ),
     "eval perplexity": Command(
         "perplexity and bits per byte of held-out text: a folder, a file, JSONL or a data set",
         "evaluation.perplexity",

@@ -1,4 +1,4 @@
-"""A model on lm-eval's tasks, resumable, with its scores, items and data in one folder."""
+"""`gemstill.evaluate`: a model on lm-eval's tasks, resumable, with its scores, items and data in one folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gemstill.core.notices import note
 from gemstill.evaluation.answers import Answering, Answers
 from gemstill.evaluation.suites import SUITES, Suite
 from gemstill.evaluation.table import rows
-from gemstill.evaluation.tasks import SEED, Asked, Selected, cut, quiet, select
+from gemstill.evaluation.tasks import SEED, Asked, Selected, cut, quiet, require, select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,49 @@ class Setting:
     unsafe_code: bool = False
 
 
+def evaluate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tasks: str | Sequence[str],
+    *,
+    shots: int | None = None,
+    limit: int = 0,
+    data_root: str | Path | None = None,
+    out: str | Path | None = None,
+    turns: bool = False,
+    seed: int = 0,
+    unsafe_code: bool = False,
+    name: str = "model",
+) -> dict[str, Any]:
+    """Measure a model on a suite (by its name) or on tasks of lm-eval (their names).
+
+    shots: few-shot examples of all tasks, by default each task's own. limit: items of each task, drawn by `seed`; a
+    group such as MMLU is one task. data_root: a folder with the items instead of the hub. out: a folder for answers
+    as they come, results.json and the items with what the model said; the same call goes on where it was stopped.
+    turns: ask with the model's chat template. unsafe_code: run a model's programs even where there is no jail.
+
+    Returns lm-eval's results (with "samples", the items), and under "gemstill" the rows with 95 % intervals, the
+    files' SHA-256, what was left out and why.
+
+    Raises:
+        Error: lm-eval is not there; an unknown suite or task; data that cannot be had or are wrong; `out` holds
+            another model's answers; turns without a chat template.
+    """
+    require()
+    from gemstill.evaluation.adapter import Adapter
+
+    table = SUITES.get(tasks) if isinstance(tasks, str) else None
+    asked = asked_of(tasks, shots)
+    root = None if data_root is None else Path(data_root).expanduser()
+    turned = turns or bool(table and table.turns)
+    adapter = Adapter(model, tokenizer)
+    if turned:  # a model without turns is refused before anything is read
+        adapter.apply_chat_template([{"role": "user", "content": "Hello"}])
+    setting = Setting(limit, root, turned, seed, unsafe_code)
+    place = None if out is None else Path(out)
+    return measure(adapter, fingerprint(model, tokenizer), asked, setting, place, table, name)
+
+
 def asked_of(tasks: str | Sequence[str], shots: int | None = None) -> list[Asked]:
     """The tasks of a suite, or those of these names."""
     if isinstance(tasks, str) and tasks in SUITES:
@@ -58,7 +101,8 @@ def measure(
     with locked(out) if out else contextlib.nullcontext():
         with Answers(out / ANSWERS if out else None, model, name) as answers:
             chosen = select(asked, data_root=setting.data_root, unsafe_code=setting.unsafe_code)
-            _tell(chosen)
+            for what in chosen.absent():
+                note(what)
             cut(chosen, setting.limit, setting.seed)
             results = _asked(lm, answers, chosen, setting)
         results["config"] = {
@@ -84,18 +128,6 @@ def measure(
         if out:
             _write(results, out)
     return results
-
-
-def _tell(chosen: Selected) -> None:
-    """Say what is left out: one line for each name asked for."""
-    for name, members in chosen.members.items():
-        gone = {task: reason for task, reason in chosen.left_out.items() if task in members}
-        if list(gone) == [name]:
-            note(f"left out: {gone[name]}", where=name)
-        elif gone:
-            first, reason = next(iter(gone.items()))
-            what = "left out" if len(gone) == len(members) else f"{len(gone)} of its {len(members)} tasks left out"
-            note(f"{what} ({first}: {reason})", where=name)
 
 
 def _asked(lm: Any, answers: Answers, chosen: Selected, setting: Setting) -> dict[str, Any]:

@@ -48,6 +48,25 @@ class Selected:
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     samples: dict[str, list[int]] = field(default_factory=dict)
 
+    def absent(self) -> list[str]:
+        """What is left out and why, in one line for each name asked for."""
+        lines = []
+        for name, members in self.members.items():
+            gone = [task for task in members if task in self.left_out]
+            if gone == [name]:
+                lines.append(f"{name}: left out: {self.left_out[name]}")
+            elif gone:
+                what = "left out" if len(gone) == len(members) else f"{len(gone)} of its {len(members)} tasks left out"
+                lines.append(f"{name}: {what} ({gone[0]}: {self.left_out[gone[0]]})")
+        return lines
+
+    def items(self, name: str) -> int:
+        """How many items of a name asked for are run."""
+        return sum(
+            len(self.samples[leaf]) if leaf in self.samples else len(self.tasks[leaf].task_docs)
+            for leaf in self.leaves[name]
+        )
+
 
 def require() -> None:
     """Say in one line that lm-eval is not there.
