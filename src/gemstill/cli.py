@@ -116,9 +116,16 @@ COMMANDS = {
     ),
     "eval": Command(
         "measure a model on benchmarks: a suite of the Gemma 2 report, or any of lm-eval's tasks",
-        "evaluation.command",
+        "report.evaluation",
         "evaluation.command:EvalConfig",
         places=("source",),
+    ),
+    "eval compare": Command(
+        "compare two evaluations of the same items, item by item",
+        "evaluation.compare",
+        "evaluation.compare:CompareConfig",
+        places=("first", "second"),
+        resumes=False,
     ),
     "eval perplexity": Command(
         "perplexity and bits per byte of held-out text: a folder, a file, JSONL or a data set",

@@ -12,7 +12,8 @@ import gemstill
 from gemstill import cli
 from gemstill.core.errors import Error
 from gemstill.evaluation.command import EvalConfig
-from gemstill.evaluation.run import ANSWERS, RESULTS, fingerprint
+from gemstill.evaluation.folder import ANSWERS, RESULTS
+from gemstill.evaluation.run import fingerprint
 from gemstill.model.quantized import quantize_model
 from tests.evaluation.roots import write_root
 from tests.infer.networks import SMALL, network

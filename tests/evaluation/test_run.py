@@ -14,7 +14,8 @@ import pytest
 from gemstill.core.errors import Error
 from gemstill.core.notices import Notice
 from gemstill.evaluation.answers import Answers
-from gemstill.evaluation.run import ANSWERS, RESULTS, Setting, measure
+from gemstill.evaluation.folder import ANSWERS, RESULTS
+from gemstill.evaluation.run import Setting, measure
 from gemstill.evaluation.scores import interval, score
 from gemstill.evaluation.suites import SUITES, suite
 from gemstill.evaluation.table import text

@@ -56,7 +56,8 @@ def run(config: EvalConfig) -> None:
     expect_model(config.source)
     table = _suite(config)
     from gemstill.checkpoint.source import load, name_of
-    from gemstill.evaluation.run import RESULTS, evaluate
+    from gemstill.evaluation.folder import RESULTS
+    from gemstill.evaluation.run import evaluate
     from gemstill.evaluation.table import text
 
     model, tokenizer = load(config.source, quantize=config.quantize or None)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gemstill.core.files import locked, write, writing
 from gemstill.core.notices import note
 from gemstill.evaluation.answers import Answering, Answers
+from gemstill.evaluation.folder import ANSWERS, RESULTS, SAMPLES
 from gemstill.evaluation.suites import SUITES, Suite
 from gemstill.evaluation.table import rows
 from gemstill.evaluation.tasks import SEED, Asked, Selected, cut, quiet, require, select
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from gemstill.model.transformer import Transformer
     from gemstill.text.tokenizer import Tokenizer
 
-ANSWERS, RESULTS, SAMPLES = "answers.jsonl", "results.json", "samples"
 _SAMPLED = 1 << 16  # values of each weight that tell one model from another
 _BOOTSTRAP = 1000  # draws, for the standard errors of metrics that are no means
 

@@ -52,8 +52,12 @@ def _average(name: str, members: Sequence[str], found: Sequence[Row]) -> Row:
 def text(made: Sequence[Row], table: Suite | None) -> str:
     """The rows as aligned lines."""
     heads = ["", "shots", "items", "score", "95 % interval", *(table.columns if table else ())]
-    lines = [heads, *(_cells(row, table) for row in made)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    return aligned([heads, *(cells(row, table) for row in made)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, the first of them to the left."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if at else cell.ljust(width)
@@ -63,7 +67,8 @@ def text(made: Sequence[Row], table: Suite | None) -> str:
     )
 
 
-def _cells(row: Row, table: Suite | None) -> list[str]:
+def cells(row: Row, table: Suite | None) -> list[str]:
+    """A row as texts: name, shots, items, score, interval, published figures."""
     name = row["name"] if table else f"{row['name']} {row['metric'].removesuffix(',none')}"
     published = ["" if value is None else f"{value:.1f}" for value in row.get("published") or ()]
     if row["value"] is None:
