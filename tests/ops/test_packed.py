@@ -10,6 +10,7 @@ import torch
 from gemstill.core.errors import Error
 from gemstill.core.machine import processor_flags
 from gemstill.ops import native
+from gemstill.ops import packed as room
 from gemstill.ops.blocks import BLOCKS, dequantize, quantize
 from gemstill.ops.packed import MADE, Packed, from_blocks, pack, packed_linear
 from gemstill.ops.panels import FORMATS
@@ -55,6 +56,22 @@ def test_what_was_packed_comes_back(name, rows, columns):
     torch.testing.assert_close(some, true[3 : rows - 1].bfloat16(), rtol=0 if BLOCKS[name].size == 32 else 8e-3, atol=0)
     ids = torch.randint(0, rows, (2, 3), generator=torch.Generator().manual_seed(2))
     assert torch.equal(packed.gather(ids), packed.rows(0, rows)[ids])
+
+
+def test_small_matrices_share_memory_and_give_it_back():
+    slab = room._Slab()
+    parts = [slab.take(size) for size in (1, 64, 100, slab.SIZE - 320)]
+    for number, part in enumerate(parts):
+        part.fill_(number)
+    assert [part.data_ptr() - parts[0].data_ptr() for part in parts] == [0, 64, 128, 256]
+    assert parts[0].data_ptr() % slab.LINE == 0
+    assert all(bool((part == number).all()) for number, part in enumerate(parts))
+    assert [part.untyped_storage().nbytes() for part in parts[:3]] == [1, 64, 100]
+    other = slab.take(512)  # there is no room for it beside them
+    assert slab._known() is not None
+    del other, part
+    assert slab._known() is None
+    assert bool((parts[2] == 2).all())
 
 
 @pytest.mark.parametrize(("name", "rows", "columns"), cases())

@@ -142,17 +142,21 @@ void fill_products(Multiply* table) {
 
 template <Kind kind>
 void multiply_packed(const Matrix& weights, const Activations& x, int64_t begin, int64_t end, float* out,
-                     int64_t stride) {
+                     int64_t stride, const Ahead& ahead) {
   Multiply products[VECTORS + 1];
   fill_products<kind, VECTORS>(products);
-  const int64_t tiles = (x.M + VECTORS - 1) / VECTORS;
+  const int64_t tiles = (x.M + VECTORS - 1) / VECTORS, later = x.M == 1 ? distance<kind, 1> : distance<kind, VECTORS>;
+  const uint8_t* stop = panel_of<kind>(weights, (ahead.stop + PANEL - 1) / PANEL).integers;
   alignas(64) float sums[VECTORS * PANEL];
   for (int64_t row = begin; row < end; row += PANEL) {
-    const Panel panel = panel_of<kind>(weights, row / PANEL);
+    Panel panel = panel_of<kind>(weights, row / PANEL);
     const int64_t rows = std::min(PANEL, end - row);
+    panel.ahead = panel.integers + later;
+    if (ahead.next && panel.ahead >= stop) panel.ahead = ahead.next + (panel.ahead - stop);
     for (int64_t tile = 0; tile < tiles; tile++) {  // of about the same size each
       const int64_t first = x.M * tile / tiles, count = x.M * (tile + 1) / tiles - first;
       products[count](panel, x, first, sums);
+      panel.ahead = panel.integers;  // asked for once: these are at hand
       for (int64_t m = 0; m < count; m++) {
         std::copy(sums + m * PANEL, sums + m * PANEL + rows, out + (first + m) * stride + row - begin);
       }
@@ -227,7 +231,8 @@ void by_kind(Kind kind, const F& f) {
 
 }  // namespace
 
-void multiply(const Matrix& weights, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride) {
+void multiply(const Matrix& weights, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
+              const Ahead& ahead) {
   STD_TORCH_CHECK(x.K == weights.K, "the vectors have another length than the matrix's rows");
   STD_TORCH_CHECK(is_plain(weights.kind) ? x.kind == weights.kind : !is_plain(x.kind), "vectors of another kind");
   if (weights.kind == Kind::float32) {
@@ -235,8 +240,15 @@ void multiply(const Matrix& weights, const Activations& x, int64_t begin, int64_
   } else if (weights.kind == Kind::bfloat16) {
     multiply_rows<uint16_t>(reinterpret_cast<const uint16_t*>(weights.data), x, begin, end, out, stride);
   } else {
-    by_kind(weights.kind, [&](auto kind) { multiply_packed<kind()>(weights, x, begin, end, out, stride); });
+    by_kind(weights.kind, [&](auto kind) { multiply_packed<kind()>(weights, x, begin, end, out, stride, ahead); });
   }
+}
+
+const uint8_t* weights_from(const Matrix& weights, int64_t row) {
+  if (is_plain(weights.kind)) return weights.data + row * weights.K * (weights.kind == Kind::float32 ? 4 : 2);
+  const uint8_t* found = nullptr;
+  by_kind(weights.kind, [&](auto kind) { found = panel_of<kind()>(weights, row / PANEL).integers; });
+  return found;
 }
 
 void unpack_rows(const Matrix& weights, int64_t begin, int64_t end, float* out) {

@@ -61,9 +61,20 @@ inline void quantize_activations(const float* x, Kind kind, int64_t M, int64_t K
   to.take(x, 0, M);
 }
 
+// What a thread reads after some rows of a matrix: its rows up to `stop`, then what lies from `next` on. Without `next`,
+// what follows in the matrix.
+struct Ahead {
+  int64_t stop = 0;
+  const uint8_t* next = nullptr;
+};
+
 // out[m * stride + n - begin] = the product of row n and vector m, for begin <= n < end and all M. `begin` is a
 // multiple of 16, and so is `end` unless it is N. The same sums whatever M, begin and end are.
-void multiply(const Matrix& weights, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride);
+void multiply(const Matrix& weights, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
+              const Ahead& ahead = {});
+
+// Where the weights of a row lie that begins a panel.
+const uint8_t* weights_from(const Matrix& weights, int64_t row);
 
 // Weights [begin, end) as floats, row by row: out [end - begin, K].
 void unpack_rows(const Matrix& weights, int64_t begin, int64_t end, float* out);

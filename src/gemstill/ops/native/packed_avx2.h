@@ -11,6 +11,9 @@ namespace gemstill {
 
 constexpr int VECTORS = 4;  // that a panel is multiplied with at once: their sums stay in registers
 
+template <Kind kind, int64_t M>
+constexpr int64_t distance = LATER;  // bytes ahead that are asked for, into the second cache
+
 inline __m256i pair_at(const int16_t* x) {
   int32_t two;
   std::memcpy(&two, x, 4);
@@ -64,7 +67,7 @@ void multiply_panel(const Panel& panel, const Activations& x, int64_t first, flo
   constexpr int64_t bytes = (in_nibbles<kind> ? 256 : 512) / parts;
   const int32_t* less = (parts == 2 ? x.halves : x.sums).data() + first * x.blocks * parts;
   const float *scales = x.scales.data() + first * x.blocks, *totals = x.totals.data() + first * x.blocks;
-  const uint8_t *q = panel.integers, *by = panel.scales;
+  const uint8_t *q = panel.integers, *by = panel.scales, *ahead = panel.ahead;
   __m256 sum[2][M], d[2], least[2];
   for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = _mm256_setzero_ps();
   for (int64_t b = 0; b < x.blocks; b++) {
@@ -102,7 +105,8 @@ void multiply_panel(const Panel& panel, const Activations& x, int64_t first, flo
           }
         }
       }
-      for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch((const char*)q + LATER + line, _MM_HINT_T1);
+      for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch((const char*)ahead + line, _MM_HINT_T1);
+      ahead += bytes;
       q += bytes;
       by += !in_eights<kind> || has_least<kind> ? 32 : 16;
     }

@@ -10,6 +10,11 @@ namespace gemstill {
 
 constexpr int VECTORS = 8;  // that a panel is multiplied with at once: their sums stay in registers
 
+// Bytes ahead that are asked for: into the first cache where one vector leaves little to do meanwhile, into the second,
+// and earlier, where there is more.
+template <Kind kind, int64_t M>
+constexpr int64_t distance = M == 1 && !in_nibbles<kind> ? AHEAD : LATER;
+
 inline __m512i broadcast4(const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
@@ -25,7 +30,7 @@ void multiply_panel(const Panel& panel, const Activations& x, int64_t first, flo
   const int8_t *high = x.high.data() + first * x.width, *low = x.low.data() + first * x.width;
   const int32_t* less = (parts == 2 ? x.halves : x.sums).data() + first * x.blocks * parts;
   const float *scales = x.scales.data() + first * x.blocks, *totals = x.totals.data() + first * x.blocks;
-  const uint8_t *q = panel.integers, *by = panel.scales;
+  const uint8_t *q = panel.integers, *by = panel.scales, *ahead = panel.ahead;
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512 sum[M], d, least;
   for (int m = 0; m < M; m++) sum[m] = _mm512_setzero_ps();
@@ -68,12 +73,13 @@ void multiply_panel(const Panel& panel, const Activations& x, int64_t first, flo
       }
 #pragma GCC unroll 8
       for (int line = 0; line < (in_nibbles<kind> ? lots / 2 : lots); line++) {
-        if constexpr (M == 1 && !in_nibbles<kind>) {
-          _mm_prefetch((const char*)q + AHEAD + 64 * line, _MM_HINT_T0);
+        if constexpr (distance<kind, M> == AHEAD) {
+          _mm_prefetch((const char*)ahead + 64 * line, _MM_HINT_T0);
         } else {
-          _mm_prefetch((const char*)q + LATER + 64 * line, _MM_HINT_T1);
+          _mm_prefetch((const char*)ahead + 64 * line, _MM_HINT_T1);
         }
       }
+      ahead += (in_nibbles<kind> ? 32 : 64) * lots;
       q += (in_nibbles<kind> ? 32 : 64) * lots;
       __m512 scale, minimum;
       if constexpr (!in_eights<kind>) {

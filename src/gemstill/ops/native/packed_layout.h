@@ -9,8 +9,7 @@
 
 namespace gemstill {
 
-// Bytes ahead of those being multiplied that are asked for, since processors stop at a page's end: into the first cache
-// where one vector leaves little to do meanwhile, into the second, and earlier, where there is more.
+// Bytes ahead of those being multiplied that are asked for, since processors stop at a page's end.
 constexpr int64_t AHEAD = 4096, LATER = 16384;
 
 template <Kind kind>
@@ -24,6 +23,7 @@ constexpr int offset_bits = kind == Kind::int8 ? 7 : kind == Kind::int4 ? 3 : ki
 
 struct Panel {
   const uint8_t *integers, *scales;
+  const uint8_t* ahead = nullptr;  // what is asked for meanwhile, as many bytes as there are integers
 };
 
 template <Kind kind>

@@ -8,6 +8,9 @@ namespace gemstill {
 
 constexpr int VECTORS = 1;
 
+template <Kind kind, int64_t M>
+constexpr int64_t distance = 0;
+
 // sums [16] = the products of a panel with vector `first`.
 template <Kind kind, int M>
 void multiply_panel(const Panel& panel, const Activations& x, int64_t first, float* sums) {

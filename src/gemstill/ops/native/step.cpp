@@ -5,9 +5,9 @@
 namespace gemstill {
 
 // x = the scaled embedding; the angles of all positions.
-void Step::begin(int64_t own) {
+void Step::begin(const Member& me) {
   const int64_t D = net_.D, half = net_.d / 2;
-  each(own, rows_.n, [&](int64_t m) {
+  each(me, rows_.n, [&](int64_t m) {
     float* x = x_.data() + m * D;
     row_of(net_.embedding, rows_.tokens[m], x);
     for (int64_t j = 0; j < D; j++) x[j] *= float(net_.embedding_scale);
@@ -17,20 +17,28 @@ void Step::begin(int64_t own) {
       turn[0] = std::cos(angle);
       turn[half] = std::sin(angle);
     }
+    enter(net_.layers[0], m);
   });
 }
 
-// joint = queries, keys and values of norm(x).
-void Step::project(int64_t own, const Layer& layer) {
-  const int64_t D = net_.D, width = (net_.H + 2 * net_.G) * net_.d;
-  each(own, rows_.n, [&](int64_t m) {
-    norm<false>(x_.data() + m * D, layer.input, D, net_.eps, normed_.data() + m * D);
-    attention_in_.take(normed_.data(), m);
-  });
-  each_rows(own, {&layer.q, &layer.k, &layer.v}, [&](const Matrix& matrix, int64_t begin, int64_t end) {
-    const int64_t before = &matrix == &layer.q ? 0 : &matrix == &layer.k ? layer.q.N : layer.q.N + layer.k.N;
-    multiply(matrix, attention_in_(matrix), begin, end, joint_.data() + before + begin, width);
-  });
+// What a layer's first products take of token m.
+void Step::enter(const Layer& layer, int64_t m) {
+  norm<false>(x_.data() + m * net_.D, layer.input, net_.D, net_.eps, normed_.data() + m * net_.D);
+  attention_in_.take(normed_.data(), m);
+}
+
+// joint = queries, keys and values; all in their places.
+template <class T>
+void Step::project(const Member& me, const Layer& layer) {
+  const int64_t heads = net_.H + 2 * net_.G, width = heads * net_.d;
+  const int64_t first = team_.first_of(me.first, int64_t(plans_[layer.local].parts.size()) * net_.G);
+  each_rows(
+      me, {&layer.q, &layer.k, &layer.v}, reinterpret_cast<const uint8_t*>(first_key<T>(layer, first)),
+      [&](const Matrix& matrix, int64_t begin, int64_t end, const Ahead& ahead) {
+        const int64_t before = &matrix == &layer.q ? 0 : &matrix == &layer.k ? layer.q.N : layer.q.N + layer.k.N;
+        multiply(matrix, attention_in_(matrix), begin, end, joint_.data() + before + begin, width, ahead);
+      },
+      [&](int64_t m) { for (int64_t head = 0; head < heads; head++) place_head<T>(layer, m, head); });
 }
 
 // Normalises and turns one head of token m, of queries, keys or values; keys and values go where they are kept.
@@ -58,81 +66,86 @@ void Step::place_head(const Layer& layer, int64_t m, int64_t head) {
        scales_at<T>(value ? layer.value_scales : layer.key_scales, at * blocks_of(d)));
 }
 
-// x += norm(o(attention)).
+// x += norm(o(attention)); what the feed-forward layer takes of that.
 template <class T>
-void Step::attend_to_all(int64_t own, const Layer& layer) {
-  const int64_t n = rows_.n, D = net_.D, H = net_.H, G = net_.G, d = net_.d, R = H / G;
-  each(own, n * (H + 2 * G), [&](int64_t i) { place_head<T>(layer, i / (H + 2 * G), i % (H + 2 * G)); });
-
-  std::vector<int64_t> firsts{0};  // part number of each token
-  const auto seen = [&](int64_t m) { return std::min(rows_.positions[m] + 1, layer.window); };
-  for (int64_t m = 0; m < n; m++) {
-    const int64_t size = part_of(seen(m));
-    firsts.push_back(firsts.back() + (seen(m) + size - 1) / size);
-  }
-  each(own, firsts.back() * G, [&](int64_t i) {
-    const int64_t part = i / G, g = i % G;
-    const int64_t m = std::upper_bound(firsts.begin(), firsts.end(), part) - firsts.begin() - 1;
-    const int64_t size = part_of(seen(m)), start = rows_.positions[m] + 1 - seen(m) + (part - firsts[m]) * size;
-    const int64_t count = std::min(size, rows_.positions[m] + 1 - start);
-    const int64_t from = (rows_.slots[m] * G + g) * layer.size, at = part * H + g * R;
-    const Ring<T> keys{static_cast<T*>(layer.keys) + from * d, scales_at<T>(layer.key_scales, from * blocks_of(d)), layer.size, d};
-    const Ring<T> values{static_cast<T*>(layer.values) + from * d, scales_at<T>(layer.value_scales, from * blocks_of(d)), layer.size, d};
-    attend_all<T>(R, queries_.data() + (m * H + g * R) * d, keys, values, start, count, net_.softcap,
-                  partials_.data() + at, parts_.data() + at * d);
-  });
-  each(own, n, [&](int64_t m) {
+void Step::attend_to_all(const Member& me, const Layer& layer) {
+  const int64_t D = net_.D, H = net_.H, G = net_.G, d = net_.d, R = H / G;
+  const Plan& plan = plans_[layer.local];
+  const T* output = reinterpret_cast<const T*>(first_of(me, {&layer.o}));
+  const auto attend = [&](int64_t i, const T* following) {
+    const Part& part = plan.parts[i / G];
+    const int64_t at = i / G * H + i % G * R;
+    attend_all<T>(R, queries_.data() + (part.m * H + i % G * R) * d, ring_of<T>(layer, i, false),
+                  ring_of<T>(layer, i, true), part.start, part.count, net_.softcap, following, partials_.data() + at,
+                  parts_.data() + at * d);
+  };
+  const auto put_together = [&](int64_t m) {
     for (int64_t h = 0; h < H; h++) {
-      const int64_t at = firsts[m] * H + h;
-      combine<T>(partials_.data() + at, parts_.data() + at * d, H, firsts[m + 1] - firsts[m], d,
+      const int64_t at = plan.firsts[m] * H + h;
+      combine<T>(partials_.data() + at, parts_.data() + at * d, H, plan.firsts[m + 1] - plan.firsts[m], d,
                  queries_.data() + (m * H + h) * d, attended_.data() + (m * H + h) * d);
     }
     attention_out_.take(attended_.data(), m);
-  });
-  each_rows(own, {&layer.o}, [&](const Matrix& o, int64_t begin, int64_t end) {
-    multiply(o, attention_out_(o), begin, end, out_.data() + begin, D);
-  });
+  };
+  each_part(
+      me, int64_t(plan.parts.size()) * G, 1,
+      [&](int64_t begin, int64_t end, int64_t stop) {
+        for (int64_t i = begin; i < end; i++) attend(i, i + 1 < stop ? first_key<T>(layer, i + 1) : output);
+      },
+      put_together);
+  each_rows(
+      me, {&layer.o}, first_of(me, {&layer.gate}),
+      [&](const Matrix& o, int64_t begin, int64_t end, const Ahead& ahead) {
+        multiply(o, attention_out_(o), begin, end, out_.data() + begin, D, ahead);
+      },
+      [&](int64_t m) {
+        float* x = x_.data() + m * D;
+        norm<true>(out_.data() + m * D, layer.post_attention, D, net_.eps, x);
+        norm<false>(x, layer.pre_feedforward, D, net_.eps, normed_.data() + m * D);
+        feed_forward_in_.take(normed_.data(), m);
+      });
 }
 
-// x += norm(attention's out), then x += norm(down(gelu(gate) up)) of the norm of that.
-void Step::feed_forward(int64_t own, const Layer& layer) {
+// x += norm(down(gelu(gate) up)); what the next layer takes of that.
+void Step::feed_forward(const Member& me, size_t number) {
   const int64_t n = rows_.n, D = net_.D, I = net_.I;
-  each(own, n, [&](int64_t m) {
-    float* x = x_.data() + m * D;
-    norm<true>(out_.data() + m * D, layer.post_attention, D, net_.eps, x);
-    norm<false>(x, layer.pre_feedforward, D, net_.eps, normed_.data() + m * D);
-    feed_forward_in_.take(normed_.data(), m);
-  });
-  each_rows(own, {&layer.gate}, [&](const Matrix& gate, int64_t begin, int64_t end) {
-    multiply(gate, feed_forward_in_(gate), begin, end, gate_.data() + begin, I);
-    multiply(layer.up, feed_forward_in_(layer.up), begin, end, hidden_.data() + begin, I);
-    for (int64_t m = 0; m < n; m++) {
-      const float* x = gate_.data() + m * I;
-      float* y = hidden_.data() + m * I;
+  const Layer& layer = net_.layers[number];
+  const Layer* next = number + 1 < net_.layers.size() ? &net_.layers[number + 1] : nullptr;
+  each_rows(
+      me, {&layer.gate}, first_of(me, {&layer.down}),
+      [&](const Matrix& gate, int64_t begin, int64_t end, const Ahead& ahead) {
+        multiply(gate, feed_forward_in_(gate), begin, end, gate_.data() + begin, I, ahead);
+        multiply(layer.up, feed_forward_in_(layer.up), begin, end, hidden_.data() + begin, I, {ahead.stop, ahead.next + LATER});
+        for (int64_t m = 0; m < n; m++) {
+          const float* x = gate_.data() + m * I;
+          float* y = hidden_.data() + m * I;
 #pragma omp simd
-      for (int64_t j = begin; j < end; j++) y[j] *= x[j] * sigmoid_of<true>(x[j]);
-    }
-  });
-  each(own, n, [&](int64_t m) { feed_forward_out_.take(hidden_.data(), m); });
-  each_rows(own, {&layer.down}, [&](const Matrix& down, int64_t begin, int64_t end) {
-    multiply(down, feed_forward_out_(down), begin, end, out_.data() + begin, D);
-  });
-  each(own, n, [&](int64_t m) {
-    norm<true>(out_.data() + m * D, layer.post_feedforward, D, net_.eps, x_.data() + m * D);
-  });
+          for (int64_t j = begin; j < end; j++) y[j] *= x[j] * sigmoid_of<true>(x[j]);
+        }
+      },
+      [&](int64_t m) { feed_forward_out_.take(hidden_.data(), m); });
+  each_rows(
+      me, {&layer.down}, first_of(me, next ? Matrices{&next->q, &next->k, &next->v} : Matrices{&net_.head}),
+      [&](const Matrix& down, int64_t begin, int64_t end, const Ahead& ahead) {
+        multiply(down, feed_forward_out_(down), begin, end, out_.data() + begin, D, ahead);
+      },
+      [&](int64_t m) {
+        norm<true>(out_.data() + m * D, layer.post_feedforward, D, net_.eps, x_.data() + m * D);
+        if (next) enter(*next, m);
+      });
 }
 
 // The logits of the tokens that were asked for.
-void Step::end(int64_t own) {
+void Step::end(const Member& me) {
   const int64_t count = int64_t(rows_.wanted.size()), D = net_.D, V = net_.V;
   if (count == 0) return;
-  each(own, count, [&](int64_t i) {
+  each(me, count, [&](int64_t i) {
     norm<false>(x_.data() + rows_.wanted[i] * D, net_.norm, D, net_.eps, normed_.data() + i * D);
     head_in_.take(normed_.data(), i);
   });
   const Cap cap(net_.final_softcap);
-  each_rows(own, {&net_.head}, [&](const Matrix& head, int64_t begin, int64_t end) {
-    multiply(head, head_in_(head), begin, end, logits_ + begin, V);
+  const auto logits = [&](const Matrix& head, int64_t begin, int64_t end, const Ahead& ahead) {
+    multiply(head, head_in_(head), begin, end, logits_ + begin, V, ahead);
     if (net_.final_softcap <= 0) return;
     for (int64_t i = 0; i < count; i++) {
       float* row = logits_ + i * V;
@@ -140,7 +153,8 @@ void Step::end(int64_t own) {
 #pragma omp simd private(slope)
       for (int64_t j = begin; j < end; j++) row[j] = value<true, true>(row[j], cap, slope);
     }
-  });
+  };
+  each_rows(me, {&net_.head}, nullptr, logits, [](int64_t) {});
 }
 
 }  // namespace gemstill
@@ -246,7 +260,7 @@ bool step(std::vector<Tensor> weights, std::vector<int64_t> kinds, std::vector<T
   const Rows these{n, data, data + n, data + 2 * n, wanted};
   const int64_t threads = torch::stable::get_num_threads();
   Step job(network, these, pointer<float>(logits), threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { job.run(end - begin); });
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { job.run({begin, end}); });
   return true;
 }
 

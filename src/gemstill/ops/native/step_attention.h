@@ -111,9 +111,10 @@ void order_back(const float* x, int64_t d, float* to) {
   std::copy(x + k, x + d, to + k);
 }
 
-// scores[r * SPLIT + j * apart] = query r times key j of J, `apart` from one another.
+// scores[r * SPLIT + j * apart] = query r times key j of J, `apart` from one another. ahead: the first of as many numbers
+// that are read later, and asked for.
 template <class T, int R, int J>
-void scores_of(const float* queries, const Ring<T>& keys, int64_t apart, float* scores) {
+void scores_of(const float* queries, const Ring<T>& keys, int64_t apart, const T* ahead, float* scores) {
   const int64_t d = keys.d;
   Floats sum[R][J];
   for (int r = 0; r < R; r++) {
@@ -124,7 +125,7 @@ void scores_of(const float* queries, const Ring<T>& keys, int64_t apart, float* 
     Floats a[J], b[J];
 #pragma GCC unroll 4
     for (int j = 0; j < J; j++) {
-      __builtin_prefetch(keys.data + j * apart * d + k + AHEAD / sizeof(T), 0, 2);
+      __builtin_prefetch(ahead + j * apart * d + k, 0, 2);
       keys.numbers_at(j * apart, k, a[j], b[j]);
     }
 #pragma GCC unroll 4
@@ -148,7 +149,7 @@ void scores_of(const float* queries, const Ring<T>& keys, int64_t apart, float* 
 
 // out[r, :] += the sum over j < J, i < count of weights[r * SPLIT + j * apart + i] times value j * apart + i.
 template <class T, int R, int J>
-void add_values(const float* weights, const Ring<T>& values, int64_t apart, int64_t count, float* out) {
+void add_values(const float* weights, const Ring<T>& values, int64_t apart, int64_t count, const T* ahead, float* out) {
   const int64_t d = values.d;
   const int64_t whole = d / STEP * STEP;
   for (int64_t k = 0; k < whole; k += STEP) {
@@ -160,7 +161,7 @@ void add_values(const float* weights, const Ring<T>& values, int64_t apart, int6
     for (int64_t i = 0; i < count; i++) {
 #pragma GCC unroll 4
       for (int j = 0; j < J; j++) {
-        __builtin_prefetch(values.data + (j * apart + i) * d + k + AHEAD / sizeof(T), 0, 2);
+        __builtin_prefetch(ahead + (j * apart + i) * d + k, 0, 2);
         Floats a, b;
         values.numbers_at(j * apart + i, k, a, b);
 #pragma GCC unroll 4
@@ -222,10 +223,11 @@ void keep(const float* x, int64_t d, T* to, float* scales) {
   }
 }
 
-// R queries [R, d], ordered, over keys at positions [first, first + count), count <= SPLIT.
+// R queries [R, d], ordered, over keys at positions [first, first + count), count <= SPLIT. While keys are read values
+// are asked for, and while these are what lies from `following` on: memory is never waited for, however short a part is.
 template <class T, int R>
 void attend(const float* queries, const Ring<T>& keys, const Ring<T>& values, int64_t first, int64_t count, double softcap,
-            Partial* partials, float* out) {
+            const T* following, Partial* partials, float* out) {
   constexpr int64_t lot = 4;  // values of a stream that are added before the others' next
   const int64_t d = keys.d, start = first % keys.size, before = std::min(count, keys.size - start);
   alignas(64) float scores[R * SPLIT];
@@ -236,8 +238,12 @@ void attend(const float* queries, const Ring<T>& keys, const Ring<T>& values, in
   };
   each_run([&](int64_t at, int64_t j, int64_t some) {
     const int64_t apart = some / STREAMS;
-    for (int64_t i = 0; i < apart; i++) scores_of<T, R, STREAMS>(queries, keys.from(at + i), apart, scores + j + i);
-    for (int64_t i = STREAMS * apart; i < some; i++) scores_of<T, R, 1>(queries, keys.from(at + i), 0, scores + j + i);
+    const auto score = [&](auto streams, int64_t i) {
+      const Ring<T> from = keys.from(at + i);
+      scores_of<T, R, streams()>(queries, from, apart, values.from(at + i).data, scores + j + i);
+    };
+    for (int64_t i = 0; i < apart; i++) score(std::integral_constant<int, STREAMS>{}, i);
+    for (int64_t i = STREAMS * apart; i < some; i++) score(std::integral_constant<int, 1>{}, i);
   });
   const Cap cap(softcap);
   for (int r = 0; r < R; r++) {
@@ -247,25 +253,29 @@ void attend(const float* queries, const Ring<T>& keys, const Ring<T>& values, in
   std::fill(out, out + R * d, 0.0f);
   each_run([&](int64_t at, int64_t j, int64_t some) {
     const int64_t apart = some / STREAMS;
+    const auto add = [&](auto streams, int64_t i, int64_t values_of_it) {
+      const Ring<T> from = values.from(at + i);
+      add_values<T, R, streams()>(scores + j + i, from, apart, values_of_it, following + (j + i) * d, out);
+    };
     for (int64_t i = 0; i < apart; i += lot) {
-      add_values<T, R, STREAMS>(scores + j + i, values.from(at + i), apart, std::min(lot, apart - i), out);
+      add(std::integral_constant<int, STREAMS>{}, i, std::min(lot, apart - i));
     }
     const int64_t rest = STREAMS * apart;
-    if (rest < some) add_values<T, R, 1>(scores + j + rest, values.from(at + rest), 0, some - rest, out);
+    if (rest < some) add(std::integral_constant<int, 1>{}, rest, some - rest);
   });
 }
 
 // The same for any number of queries.
 template <class T>
 void attend_all(int64_t heads, const float* queries, const Ring<T>& keys, const Ring<T>& values, int64_t first,
-                int64_t count, double softcap, Partial* partials, float* out) {
+                int64_t count, double softcap, const T* following, Partial* partials, float* out) {
   const int64_t d = keys.d;
   for (int64_t r = 0; r < heads; r += HEADS, queries += HEADS * d, partials += HEADS, out += HEADS * d) {
     switch (std::min<int64_t>(HEADS, heads - r)) {
-      case 1: attend<T, 1>(queries, keys, values, first, count, softcap, partials, out); break;
-      case 2: attend<T, 2>(queries, keys, values, first, count, softcap, partials, out); break;
-      case 3: attend<T, 3>(queries, keys, values, first, count, softcap, partials, out); break;
-      default: attend<T, 4>(queries, keys, values, first, count, softcap, partials, out);
+      case 1: attend<T, 1>(queries, keys, values, first, count, softcap, following, partials, out); break;
+      case 2: attend<T, 2>(queries, keys, values, first, count, softcap, following, partials, out); break;
+      case 3: attend<T, 3>(queries, keys, values, first, count, softcap, following, partials, out); break;
+      default: attend<T, 4>(queries, keys, values, first, count, softcap, following, partials, out);
     }
   }
 }

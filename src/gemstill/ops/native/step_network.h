@@ -3,6 +3,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <vector>
 
 #include "step_attention.h"
 #include "step_team.h"
@@ -110,15 +111,10 @@ class Step {
       feed_forward_out_.use({&layer.down}, n);
     }
     head_in_.use({&N.head}, int64_t(rows.wanted.size()));
-    int64_t parts = 0;
-    for (int64_t m = 0; m < n; m++) {
-      int64_t most = 0;
-      for (const Layer& layer : N.layers) {
-        const int64_t count = std::min(rows.positions[m] + 1, layer.window), size = part_of(count);
-        most = std::max(most, (count + size - 1) / size);
-      }
-      parts += most;
+    for (const Layer& layer : N.layers) {
+      if (plans_[layer.local].firsts.empty()) plans_[layer.local] = plan(rows, layer.window);
     }
+    const int64_t parts = std::max(plans_[0].parts.size(), plans_[1].parts.size());
     x_.resize(n * N.D);
     normed_.resize(n * N.D);
     out_.resize(n * N.D);
@@ -132,61 +128,125 @@ class Step {
     parts_.resize(parts * N.H * N.d);
   }
 
-  // What a member of the team does that stands for `own` of the threads.
-  void run(int64_t own) {
-    begin(own);
-    for (const Layer& layer : net_.layers) {
-      project(own, layer);
+  // What a member of the team does.
+  void run(const Member& me) {
+    begin(me);
+    for (size_t i = 0; i < net_.layers.size(); i++) {
       switch (net_.cache) {
-        case ScalarType::Float: attend_to_all<float>(own, layer); break;
-        case ScalarType::BFloat16: attend_to_all<bfloat16>(own, layer); break;
-        default: attend_to_all<int8_t>(own, layer);
+        case ScalarType::Float: look<float>(me, net_.layers[i]); break;
+        case ScalarType::BFloat16: look<bfloat16>(me, net_.layers[i]); break;
+        default: look<int8_t>(me, net_.layers[i]);
       }
-      feed_forward(own, layer);
+      feed_forward(me, i);
     }
-    end(own);
+    end(me);
   }
 
  private:
-  template <class F>
-  void each(int64_t own, int64_t count, const F& f) {
-    team_.share(own, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) f(i);
-    });
+  struct Part {  // of what token m sees: keys at positions [start, start + count)
+    int64_t m, start, count;
+  };
+  struct Plan {
+    std::vector<Part> parts;
+    std::vector<int64_t> firsts;  // the number of each token's first part, and of all
+  };
+  static Plan plan(const Rows& rows, int64_t window) {
+    Plan made{{}, {0}};
+    for (int64_t m = 0; m < rows.n; m++) {
+      const int64_t end = rows.positions[m] + 1, seen = std::min(end, window), size = part_of(seen);
+      for (int64_t at = end - seen; at < end; at += size) made.parts.push_back({m, at, std::min(size, end - at)});
+      made.firsts.push_back(int64_t(made.parts.size()));
+    }
+    return made;
   }
 
-  // f(matrix, begin, end) for parts of the rows of all matrices, so large that handing them out costs little.
+  using Matrices = std::vector<const Matrix*>;
+  static int64_t panels_of(const Matrix& matrix) { return (matrix.N + PANEL - 1) / PANEL; }
+
   template <class F>
-  void each_rows(int64_t own, std::initializer_list<const Matrix*> matrices, const F& f) {
+  void each(const Member& me, int64_t count, const F& f) {
+    team_.share(
+        me, count, 1, [&](int64_t begin, int64_t end, int64_t) { for (int64_t i = begin; i < end; i++) f(i); }, [] {});
+  }
+
+  // f(begin, end, stop) for parts of [0, count), then after(m) for every token: of one alone in the member that was
+  // last, since the others would only wait for it.
+  template <class F, class G>
+  void each_part(const Member& me, int64_t count, int64_t least, const F& f, const G& after) {
+    team_.share(me, count, least, f, [&] { if (rows_.n == 1) after(0); });
+    if (rows_.n > 1) each(me, rows_.n, after);
+  }
+
+  // f(matrix, begin, end, ahead) for parts of the rows of all matrices, so large that handing them out costs little;
+  // then after(m) for every token. later: what this member reads next.
+  template <class F, class G>
+  void each_rows(const Member& me, const Matrices& matrices, const uint8_t* later, const F& f, const G& after) {
     const int64_t bytes[] = {4, 2, 1, 1, 1, 1, 1};
     int64_t panels = 0, least = 1;
     for (const Matrix* matrix : matrices) {
-      panels += (matrix->N + PANEL - 1) / PANEL;
+      panels += panels_of(*matrix);
       least = std::max(least, PART / (PANEL * matrix->K * bytes[int(matrix->kind)]));
     }
-    team_.share(own, panels, least, [&](int64_t begin, int64_t end) {
-      for (const Matrix* matrix : matrices) {
-        const int64_t count = (matrix->N + PANEL - 1) / PANEL, last = std::min(end, count);
-        if (begin < last) f(*matrix, begin * PANEL, std::min(last * PANEL, matrix->N));
+    each_part(me, panels, least, [&](int64_t begin, int64_t end, int64_t stop) {
+      for (size_t i = 0; i < matrices.size() && end > 0; i++) {
+        const Matrix& matrix = *matrices[i];
+        const int64_t count = panels_of(matrix), last = std::min(end, count);
+        const bool more = stop > count && i + 1 < matrices.size();
+        const Ahead ahead{std::min(stop, count) * PANEL, more ? weights_from(*matrices[i + 1], 0) : later};
+        if (begin < last) f(matrix, begin * PANEL, std::min(last * PANEL, matrix.N), ahead);
         begin = std::max<int64_t>(begin - count, 0);
         end -= count;
-        if (end <= 0) return;
+        stop -= count;
       }
-    });
+    }, after);
   }
 
-  void begin(int64_t own);
-  void project(int64_t own, const Layer& layer);
+  // Where the keys, or values, lie that part `i / G` of a layer looks at, for one of G groups of heads.
   template <class T>
-  void attend_to_all(int64_t own, const Layer& layer);
+  Ring<T> ring_of(const Layer& layer, int64_t i, bool values) const {
+    const int64_t m = plans_[layer.local].parts[i / net_.G].m;
+    const int64_t from = (rows_.slots[m] * net_.G + i % net_.G) * layer.size;
+    return {static_cast<const T*>(values ? layer.values : layer.keys) + from * net_.d,
+            scales_at<T>(values ? layer.value_scales : layer.key_scales, from * blocks_of(net_.d)), layer.size, net_.d};
+  }
+  template <class T>
+  const T* first_key(const Layer& layer, int64_t i) const {
+    const Ring<T> keys = ring_of<T>(layer, i, false);
+    return keys.from(plans_[layer.local].parts[i / net_.G].start % keys.size).data;
+  }
+
+  // Where a member begins to read these matrices.
+  const uint8_t* first_of(const Member& me, const Matrices& matrices) const {
+    int64_t panels = 0;
+    for (const Matrix* matrix : matrices) panels += panels_of(*matrix);
+    int64_t at = team_.first_of(me.first, panels);
+    for (const Matrix* matrix : matrices) {
+      if (at < panels_of(*matrix)) return weights_from(*matrix, at * PANEL);
+      at -= panels_of(*matrix);
+    }
+    return nullptr;
+  }
+
+  void begin(const Member& me);
+  void enter(const Layer& layer, int64_t m);
+  template <class T>  // the cache's
+  void look(const Member& me, const Layer& layer) {
+    project<T>(me, layer);
+    attend_to_all<T>(me, layer);
+  }
+  template <class T>
+  void project(const Member& me, const Layer& layer);
+  template <class T>
+  void attend_to_all(const Member& me, const Layer& layer);
   template <class T>
   void place_head(const Layer& layer, int64_t m, int64_t head);
-  void feed_forward(int64_t own, const Layer& layer);
-  void end(int64_t own);
+  void feed_forward(const Member& me, size_t number);
+  void end(const Member& me);
 
   const Network& net_;
   const Rows& rows_;
   float* logits_;
+  Plan plans_[2];  // of global and of local layers
   Team team_;
   Inputs attention_in_, attention_out_, feed_forward_in_, feed_forward_out_, head_in_;
   std::vector<float> x_, normed_, out_;           // [n, D]

@@ -7,36 +7,64 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 namespace gemstill {
 
-// A member stands for one or several of `shares` numbers that parallel_for hands out; all of them run at once, or one
-// of them stands for all.
+struct Member {  // stands for shares [first, last) of those that parallel_for hands out
+  int64_t first, last;
+};
+
+// All members run at once, or one of them stands for all shares.
 class Team {
  public:
-  explicit Team(int64_t shares) : shares_(shares) {}
+  explicit Team(int64_t shares) : shares_(shares), taken_(shares) {}
 
-  // Calls f(begin, end) for parts of [0, count), each in some member; all have ended when this returns. Every member
-  // calls this, with the same job. Parts become shorter, down to `least`, so that all end at about the same time.
-  template <class F>
-  void share(int64_t own, int64_t count, int64_t least, const F& f) {
-    if (own == shares_) return f(0, count);
-    int64_t begin = next_.load(std::memory_order_relaxed);
-    while (begin < count) {
-      const int64_t end = std::min(count, begin + std::max(least, (count - begin) / (2 * shares_)));
-      if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      f(begin, end);
-      begin = next_.load(std::memory_order_relaxed);
+  int64_t first_of(int64_t share, int64_t count) const { return count * share / shares_; }
+
+  // Calls f(begin, end, stop) for parts of [0, count), each in some member, which goes on up to `stop`; then after() in
+  // one of them. All has ended when this returns. Every member calls this, with the same job. Each has a range of its
+  // own and goes through it in order, in parts that become shorter, down to `least`; who is ready helps the others from
+  // their ends.
+  template <class F, class G>
+  void share(const Member& me, int64_t count, int64_t least, const F& f, const G& after) {
+    if (me.last - me.first == shares_) {
+      f(0, count, count);
+      after();
+      return;
     }
-    wait(own);
+    for (int64_t i = 0; i < shares_; i++) work(me, (me.first + i) % shares_, count, least, f);
+    wait(me, after);
   }
 
  private:
-  void wait(int64_t own) {
+  template <class F>
+  void work(const Member& me, int64_t share, int64_t count, int64_t least, const F& f) {
+    const int64_t begin = first_of(share, count), end = first_of(share + 1, count);
+    const bool own = me.first <= share && share < me.last;
+    std::atomic<uint64_t>& taken = taken_[share].ends;  // from the end in the upper half, from the beginning in the lower
+    uint64_t seen = taken.load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t front = begin + int64_t(seen & 0xffffffff), back = end - int64_t(seen >> 32), left = back - front;
+      if (left <= 0) return;
+      const int64_t size = std::min(left, std::max(least, left / 2));
+      if (!taken.compare_exchange_weak(seen, seen + (own ? uint64_t(size) : uint64_t(size) << 32),
+                                       std::memory_order_relaxed)) {
+        continue;
+      }
+      own ? f(front, front + size, end) : f(back - size, back, back);
+      seen = taken.load(std::memory_order_relaxed);
+    }
+  }
+
+  template <class G>
+  void wait(const Member& me, const G& after) {
     const uint32_t turn = turn_.load(std::memory_order_relaxed);
+    const int64_t own = me.last - me.first;
     if (arrived_.fetch_add(own, std::memory_order_acq_rel) + own == shares_) {
+      after();
       arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
+      for (Taken& one : taken_) one.ends.store(0, std::memory_order_relaxed);
       turn_.store(turn + 1, std::memory_order_release);
       return;
     }
@@ -51,8 +79,12 @@ class Team {
     }
   }
 
+  struct alignas(64) Taken {
+    std::atomic<uint64_t> ends{0};
+  };
+
   const int64_t shares_;
-  alignas(64) std::atomic<int64_t> next_{0};
+  std::vector<Taken> taken_;
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> turn_{0};
 };
