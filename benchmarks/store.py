@@ -50,13 +50,13 @@ EDGES = (0.0, 0.01, 0.1)
 
 
 class Stream:
-    """Tokens in memory as a data set, one document."""
+    """Tokens in memory as a data set, one document, its first token bos."""
 
     tokenizer_fingerprint, fingerprint = "a" * 64, "b" * 64
 
     def __init__(self, tokens: np.ndarray[Any, Any], vocab_size: int) -> None:
         self.tokens, self.vocab_size, self.num_tokens = tokens, vocab_size, len(tokens)
-        self.document_starts = np.array([0])
+        self.document_starts, self.bos_id = np.array([0]), int(tokens[0])
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         return self.tokens[start:stop]

@@ -40,7 +40,8 @@ def test_commands_exist_with_the_flags_shown(page: Path) -> None:
             if "|" in words:
                 assert {word for word in words if word != "|"} <= set(COMMANDS)
                 continue
-            known = {"--" + item.name.replace("_", "-") for item in fields(config_of(words[0]))}
+            command = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
+            known = {"--" + item.name.replace("_", "-") for item in fields(config_of(command))}
             known |= {"--set", "--dry-run", "--help"}
             assert {word for word in words if word.startswith("--")} <= known, line
             for recipe in (word for word in words if word.endswith(".yaml")):

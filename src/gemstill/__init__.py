@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gemstill.checkpoint.source import load, save
     from gemstill.core.errors import Error
     from gemstill.distill.store import Store
+    from gemstill.evaluation.run import evaluate
     from gemstill.infer.generate import generate, stream
     from gemstill.model.config import ModelConfig
     from gemstill.model.transformer import Transformer
@@ -29,6 +30,7 @@ _HOMES = {
     "Target": "ops.target",
     "Tokenizer": "text.tokenizer",
     "Transformer": "model.transformer",
+    "evaluate": "evaluation.run",
     "generate": "infer.generate",
     "linear_cross_entropy": "ops.loss",
     "linear_jensen_shannon": "ops.loss",
@@ -46,6 +48,7 @@ __all__ = [
     "Target",
     "Tokenizer",
     "Transformer",
+    "evaluate",
     "generate",
     "linear_cross_entropy",
     "linear_jensen_shannon",

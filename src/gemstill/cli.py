@@ -114,6 +114,26 @@ COMMANDS = {
         places=("source",),
         resumes=False,
     ),
+    "eval": Command(
+        "measure a model on benchmarks: a suite of the Gemma 2 report, or any of lm-eval's tasks",
+        "report.evaluation",
+        "evaluation.command:EvalConfig",
+        places=("source",),
+    ),
+    "eval compare": Command(
+        "compare two evaluations of the same items, item by item",
+        "evaluation.compare",
+        "evaluation.compare:CompareConfig",
+        places=("first", "second"),
+        resumes=False,
+    ),
+    "eval perplexity": Command(
+        "perplexity and bits per byte of held-out text: a folder, a file, JSONL or a data set",
+        "evaluation.perplexity",
+        "evaluation.config:PerplexityConfig",
+        places=("source", "texts"),
+        resumes=False,
+    ),
     "export": Command(
         "write a model in a format that others open: a Hugging Face folder, or a GGUF file for llama.cpp",
         "checkpoint.export",

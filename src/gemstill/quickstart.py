@@ -227,14 +227,14 @@ def _evaluate(folder: Path, rows: list[str]) -> dict[str, Any]:
     """Score every model on all held-out documents, and let it write."""
     from gemstill.checkpoint.source import load
     from gemstill.data.dataset import TokenDataset
+    from gemstill.evaluation.perplexity import dataset_texts, score
     from gemstill.infer.generate import generate
-    from gemstill.train.heldout import evaluate
 
     heldout = TokenDataset.open(folder / "data" / "heldout")
     result: dict[str, Any] = {}
     for name in rows:
         model, words = load(folder / name / "model")
-        scores = evaluate(model, heldout, WINDOW)
+        scores = score(model, words, dataset_texts(heldout, words), context=WINDOW, total=heldout.bytes)
         begin = int(heldout.document_starts[0])
         prompt = words.decode([int(token) for token in heldout.read(begin + 1, begin + 25)])
         text = generate(model, words, prompt, max_new_tokens=120, temperature=0.7, seed=1)

@@ -145,9 +145,10 @@ def reference(dataset: TokenDataset, start: int, window: int) -> dict[str, list[
         if stream[place] == dataset.bos_id and place > start:
             document, position = document + 1, 0
         following = stream[place + 1] if place + 1 < len(stream) else None
-        row["tokens"].append(stream[place])
+        inside = place == start and stream[place] != dataset.bos_id  # the window begins within a document
+        row["tokens"].append(dataset.bos_id if inside else stream[place])
         row["labels"].append(following if following is not None else 0)
-        row["weight"].append(float(following is not None and following != dataset.bos_id))
+        row["weight"].append(float(following is not None and following != dataset.bos_id and not inside))
         row["documents"].append(document)
         row["positions"].append(position)
         position += 1

@@ -27,7 +27,7 @@ VOCAB, PADDED, TOKENS, WINDOW = 50, 56, 413, 16
 class Stream:
     """A data set in memory: three documents of random tokens."""
 
-    vocab_size, tokenizer_fingerprint, fingerprint = VOCAB, "a" * 64, "b" * 64
+    vocab_size, bos_id, tokenizer_fingerprint, fingerprint = VOCAB, 2, "a" * 64, "b" * 64
     num_tokens = TOKENS
     document_starts = np.array([0, 100, 203])
 
@@ -56,11 +56,14 @@ def contents(folder):
 
 
 def teacher_rows(model, stream, temperature=1.0):
-    """Every row one by one: the window up to the token, its own document alone."""
+    """Every row one by one: the window up to the token, which begins with bos, and its own document alone."""
     rows = []
     for i in range(TOKENS):
         first = max(i - i % WINDOW, int(stream.document_starts[stream.document_starts <= i].max()))
-        logits = model(torch.from_numpy(stream.tokens[first : i + 1])[None])[0, -1, :VOCAB]
+        seen = torch.from_numpy(stream.tokens[first : i + 1].copy())
+        if first % WINDOW == 0:
+            seen[0] = stream.bos_id
+        logits = model(seen[None])[0, -1, :VOCAB]
         rows.append((logits / temperature).softmax(0))
     return torch.stack(rows).detach()
 

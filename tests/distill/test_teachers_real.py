@@ -39,7 +39,7 @@ class Prose:
         self.document_starts = np.arange(0, tokens, 100)
         self.tokens = np.array(ids)
         self.tokens[self.document_starts] = tokenizer.bos_id
-        self.vocab_size, self.num_tokens = tokenizer.vocab_size, tokens
+        self.vocab_size, self.num_tokens, self.bos_id = tokenizer.vocab_size, tokens, tokenizer.bos_id
         self.tokenizer_fingerprint = tokenizer.fingerprint
 
     def read(self, start: int, stop: int) -> np.ndarray:

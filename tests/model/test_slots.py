@@ -159,7 +159,7 @@ def test_int8_is_rounded_to_the_nearest_of_its_block():
     keys[:, :, 1, 35] *= 1000
     values[:, :, 2] = 0
     layer = cache.view(1).layers[1]
-    found = layer.extend(keys, values, torch.arange(3)[None], 0)
+    found = layer.extend(keys, values, torch.arange(3)[None], 0, None)
     for one, other in zip(found, (keys, values), strict=False):
         for block in (slice(32), slice(32, 40)):
             bound = other[..., block].abs().amax(-1, keepdim=True) / 253

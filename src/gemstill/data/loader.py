@@ -22,11 +22,13 @@ Words = npt.NDArray[np.uint64]
 class Batch(NamedTuple):
     """Windows of T tokens, each from one place of one data set.
 
-    tokens: [B, T] int64. labels: [B, T] int64, the token that follows each in the stream. weight:
-    [B, T] float32, 0 where that token belongs to another document or there is none, else 1. documents:
-    [B, T] int32, equal within a document, counting from 0 in each window. positions: [B, T] int64, from 0
-    in each document's part of the window. source: [B] int64, which of the loader's sources. start: [B]
-    int64, where in that source's stream the window begins.
+    tokens: [B, T] int64, the first of each window bos: where the window begins within a document it stands in the
+    place of the token there, because published models read text badly without it. labels: [B, T] int64, the token that
+    follows each in the stream. weight: [B, T] float32, 0 where that token belongs to another document, where there
+    is none, and after a bos that is not the document's own, else 1. documents: [B, T] int32, equal within a
+    document, counting from 0 in each window. positions: [B, T] int64, from 0 in each document's part of the window.
+    source: [B] int64, which of the loader's sources. start: [B] int64, where in that source's stream the window
+    begins.
     """
 
     tokens: Tensor
@@ -221,7 +223,9 @@ def pack(datasets: Sequence[TokenDataset], source: Ints, start: Ints, window: in
     documents = np.concatenate([np.zeros((len(start), 1), np.int32), documents], axis=1)
     positions = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
     weight = ((labels != bos) & (labels >= 0)).astype(np.float32)
-    arrays = (tokens.copy(), np.maximum(labels, 0), weight, documents, positions, source.copy(), start.copy())
+    weight[~begins[:, 0], 0] = 0
+    tokens = np.concatenate([bos, tokens[:, 1:]], axis=1)
+    arrays = (tokens, np.maximum(labels, 0), weight, documents, positions, source.copy(), start.copy())
     return Batch(*(torch.from_numpy(array) for array in arrays))
 
 

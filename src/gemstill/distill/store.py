@@ -3,7 +3,7 @@
 A folder: `store.json` (what it is made of, and the SHA-256 of each file), `README.md` (a Hub data set's card),
 `code.safetensors` (how ids are written, see gemstill.distill.code) and `data/block-000000.safetensors`, …
 (see gemstill.distill.block), each for `block_tokens` tokens. Row i is the distribution of token i + 1 given
-the tokens of its document up to i in its window.
+the tokens of its document up to i in its window, whose first token is read as bos.
 
 Weights are whole numbers of 1/units. They are rounded at random so that their mean is the probability: the
 store is as unbiased as its estimator. The entries drawn by `threshold` share what the exact ones leave of 1
@@ -35,7 +35,7 @@ from gemstill.distill.packing import MAX_BITS
 from gemstill.ops.target import Target
 
 FORMAT = "gemstill-probability-store"
-VERSION = 2
+VERSION = 3
 INDEX = "store.json"
 MOST_ROWS = 1 << 19  # of a block: the bits of their places are counted in 32 bits
 OPEN_BLOCKS = 64  # each holds one open file
@@ -74,7 +74,7 @@ class StoreInfo:
     num_tokens: int
     vocab_size: int  # entries that may occur
     stored_vocab_size: int  # rows of the teacher's head, padding included
-    window: int  # tokens the teacher saw at once; token i's window starts at i - i % window
+    window: int  # tokens the teacher saw at once; token i's window starts at i - i % window, and there bos was read
     block_tokens: int  # a multiple of window
     estimator: str
     temperature: float

@@ -70,6 +70,8 @@ class Corpus(Shards, Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
+    def bos_id(self) -> int: ...
+    @property
     def document_starts(self) -> NDArray[Any]: ...
 
 
@@ -301,11 +303,15 @@ def teach_block(
 
 
 def _windows(dataset: Corpus, info: StoreInfo, first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens first..stop in windows, and the document of each: [windows, window] both; −1 fills the last window."""
+    """Tokens first..stop in windows, and the document of each: [windows, window] both; −1 fills the last window.
+
+    Every window begins with bos, as those that a student reads (gemstill.data.loader.Batch).
+    """
     count = -(-(stop - first) // info.window)
     tokens = np.zeros(count * info.window, np.int64)
     documents = np.full(count * info.window, -1, np.int64)
     tokens[: stop - first] = dataset.read(first, stop)
+    tokens[:: info.window] = dataset.bos_id
     starts = np.asarray(dataset.document_starts)
     documents[: stop - first] = np.searchsorted(starts, np.arange(first, stop), side="right")
     return tokens.reshape(count, -1), documents.reshape(count, -1)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemstill.core.errors import Error
+from gemstill.ops.logits import Cap, Sparse, cut, product, wide
 from gemstill.ops.loss import (
     Backward,
     linear_cross_entropy,
@@ -28,6 +29,7 @@ from gemstill.ops.target import OnlineTarget, Target
 Readout = Callable[[Tensor, Weight, float | None], Any]
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
 ROWS = 1 << 13  # of a head that is cast, at once
+ELEMENTS = 1 << 25  # logits that Scores holds at once
 
 
 def logits(hidden: Tensor, head: Weight, softcap: float | None) -> Tensor:
@@ -109,3 +111,35 @@ class LogProbs:
 
     def __call__(self, hidden: Tensor, head: Weight, softcap: float | None) -> Tensor:
         return log_probs(hidden.flatten(0, 1), head, self.ids.flatten(), softcap=softcap).view(self.ids.shape)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities [K] float32 of tokens at some positions of one row, and whether they are the likeliest there.
+
+    places: [P] int64, the positions that reach the head, each once. rows: [K] int64, which of them is asked for, and
+    ids: [K] int64, for which token. Returns both [K] on the CPU, float32 and bool. No gradient.
+    """
+
+    places: Tensor
+    rows: Tensor
+    ids: Tensor
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor, head: Weight, softcap: float | None) -> tuple[Tensor, Tensor]:
+        x, cap = hidden[0, self.places], Cap(softcap)
+        logprobs = torch.empty(len(self.ids), dtype=wide(x.dtype))
+        likeliest = torch.empty(len(self.ids), dtype=torch.bool)
+        blocks = cut(len(x), ELEMENTS // head.shape[0])
+        spare = x.new_empty(max((part.stop - part.start for part in blocks), default=0), head.shape[0])
+        for part in blocks:
+            raw = product(x[part], head, spare[: part.stop - part.start])
+            asked = ((self.rows >= part.start) & (self.rows < part.stop)).nonzero()[:, 0]
+            rows, ids = self.rows[asked] - part.start, self.ids[asked]
+            best = raw.argmax(1)
+            z, z_best = cap(raw[rows, ids])[0], cap(raw.gather(1, best[:, None]))[0]
+            one = Sparse(best[:, None], torch.ones_like(best[:, None], dtype=wide(x.dtype)), None, 1, cap, False)
+            # The loss of the likeliest token: what it lacks of the log of the sum of all exponentials.
+            lse = one.consume(raw, slice(0, len(raw)), one.probs[:, 0], False, None) + z_best[:, 0]
+            logprobs[asked], likeliest[asked] = (z - lse[rows]).cpu(), (best[rows] == ids).cpu()
+        return logprobs, likeliest

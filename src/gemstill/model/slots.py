@@ -7,6 +7,7 @@ its slot: S is the capacity for a global layer, and a little more than the windo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gemstill.core.errors import Error
 from gemstill.model.config import ModelConfig
+from gemstill.ops.attention import Mask, make_mask
 
 # A ring keeps so many tokens more than its window: so many, and one, can be taken back, and as many rows of one
 # text can be stored before the first of them has looked.
@@ -35,6 +37,39 @@ def _widened(scales: Tensor, head_dim: int) -> Tensor:
 def ring(config: ModelConfig, layer: int, capacity: int) -> int:
     """S, the tokens that a layer keeps of a text of at most `capacity` tokens."""
     return min(capacity, config.sliding_window + SPARE) if config.is_local(layer) else capacity
+
+
+class LayerCache(Protocol):
+    """One layer of a `Cache`."""
+
+    def extend(
+        self, keys: Tensor, values: Tensor, positions: Tensor, start: int, window: int | None
+    ) -> tuple[Tensor, Tensor, Mask]:
+        """Take T new tokens; the keys and values that their queries may look at, and the mask of which sees which.
+
+        keys, values: [n, G, T, d]; positions: [n, T]; start: tokens that the longest text held before. window: of
+        the layer, None for a global one. Returns keys and values [n, G, m, d] in the same dtype.
+        """
+
+
+class Cache(Protocol):
+    """What Transformer.forward keeps keys and values in. capacity: the most tokens that a row may have."""
+
+    capacity: int
+
+    @property
+    def layers(self) -> Sequence[LayerCache]: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+
+    @property
+    def next_position(self) -> Tensor:
+        """The position [n] int64 of each row's next token."""
+
+    def advance(self, documents: Tensor) -> None:
+        """Count the tokens of `documents` [n, T] as held."""
 
 
 class SlotLayer:
@@ -255,12 +290,15 @@ class SlotLayerView:
     def __init__(self, layer: SlotLayer, slots: Sequence[int]) -> None:
         self.layer, self.slots = layer, slots
 
-    def extend(self, keys: Tensor, values: Tensor, positions: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Store T new tokens and return the keys, values and positions that their queries may look at.
+    def extend(
+        self, keys: Tensor, values: Tensor, positions: Tensor, start: int, window: int | None
+    ) -> tuple[Tensor, Tensor, Mask]:
+        """As LayerCache.extend; positions count up."""
+        keys, values, stored = self._stored(keys, values, positions, start)
+        return keys, values, make_mask(positions, stored, positions.clamp(max=0), stored.clamp(max=0), window)
 
-        keys, values: [n, G, T, d]; positions: [n, T], counting up; start: tokens that the longest text held before.
-        Returns keys and values [n, G, m, d] in the same dtype and positions [n, m], -1 where there is nothing.
-        """
+    def _stored(self, keys: Tensor, values: Tensor, positions: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Store new tokens; the keys and values to look at, and their positions [n, m], -1 where there is nothing."""
         layer, T = self.layer, keys.shape[2]
         slots = torch.tensor(self.slots, device=keys.device)
         if start + T <= layer.size or T + layer.window - 1 <= layer.size:

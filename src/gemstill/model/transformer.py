@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gemstill.core.errors import Error
 from gemstill.model.config import ModelConfig
 from gemstill.model.readout import Readout, logits
-from gemstill.model.slots import SlotLayerView, SlotView
+from gemstill.model.slots import Cache, LayerCache
 from gemstill.ops.attention import Mask, attention, make_mask
 from gemstill.ops.fused import geglu, joint_linear, rms_norm, rotate, rotated_heads, split_heads
 from gemstill.ops.packed import Packed, no_training
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, where: Where, cache: SlotLayerView | None, start: int) -> Tensor:
+    def forward(self, x: Tensor, where: Where, cache: LayerCache | None, start: int) -> Tensor:
         joint = joint_linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         angles = where.angles[self.local]
         if self.q_norm is None or self.k_norm is None:
@@ -113,8 +113,7 @@ class Attention(nn.Module):
         else:
             assert cache is not None
             own = torch.where(where.documents < 0, -1, where.positions)
-            k, v, stored = cache.extend(k, v, own, start)
-            mask = make_mask(own, stored, own.clamp(max=0), stored.clamp(max=0), self.window)
+            k, v, mask = cache.extend(k, v, own, start, self.window)
         return joint_linear(attention(q, k, v, mask, softcap=self.softcap), self.o_proj.weight)
 
 
@@ -131,7 +130,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(self, x: Tensor, where: Where, cache: SlotLayerView | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, where: Where, cache: LayerCache | None = None, start: int = 0) -> Tensor:
         x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), where, cache, start), x)
         out: Tensor = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), x)
         return out
@@ -192,7 +191,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: SlotView | None = None,
+        cache: Cache | None = None,
         readout: Readout | None = None,
     ) -> Any:
         """Run the network on tokens [B, T] int64.
@@ -200,7 +199,8 @@ class Transformer(nn.Module):
         positions: [B, T] int64, of each token within its document; by default counted up from where the
         cache stands, or from 0 at the start of each document. documents: [B, T] int64, equal for tokens of
         the same document, which must lie together; below 0 for padding, which nobody sees; default one
-        document. cache: keys and values of earlier tokens, extended in place; it holds one document a row.
+        document. cache: keys and values of earlier tokens, extended in place; it holds one document a row
+        (SlotCache.view), or several that begin alike (Branches).
         readout: what becomes of the last hidden states (see gemstill.model.readout).
 
         Returns the readout's result: logits [B, T, V] float32 by default.
@@ -249,7 +249,7 @@ class Transformer(nn.Module):
         return (readout or logits)(self.norm(x), head, self.config.final_logit_softcap)
 
 
-def count_positions(documents: Tensor, cache: SlotView | None = None) -> Tensor:
+def count_positions(documents: Tensor, cache: Cache | None = None) -> Tensor:
     """Positions that count up within each document; with a cache, from where each of its rows stands."""
     if cache is not None:
         real = (documents >= 0).long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,6 +12,7 @@ from gemstill import __version__
 from gemstill.core import files
 from gemstill.core.errors import Error
 from gemstill.core.progress import duration, short
+from gemstill.evaluation.folder import ANSWERS, RESULTS
 from gemstill.report.chart import Series, chart
 from gemstill.report.curves import Curves, loss_charts, read_curves
 from gemstill.report.page import command, page, pairs, sample, tiles
@@ -22,16 +24,20 @@ GIB = 2**30
 class ReportConfig:
     """`gemstill report`."""
 
-    run: Path  # a run's folder, of `gemstill train`, `quickstart` or `ladder`; it gets report.html
+    run: Path  # a run's folder, of `gemstill train`, `quickstart`, `ladder` or `eval`; it gets report.html
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
     """Write the report of a run, whichever command made it; gives where it lies. Raises Error as `run_report` does."""
+    from gemstill.report.evaluation import evaluation_report
     from gemstill.report.ladder import ladder_report
     from gemstill.report.quickstart import quickstart_report
 
     summary = config.run / "summary.json"
-    if summary.exists() and files.read_json(summary).get("kind") == "ladder":
+    make: Callable[[Path], Path]
+    if (config.run / RESULTS).exists() or (config.run / ANSWERS).exists():
+        make = evaluation_report
+    elif summary.exists() and files.read_json(summary).get("kind") == "ladder":
         make = ladder_report
     else:
         make = quickstart_report if (config.run / "teacher").is_dir() else run_report

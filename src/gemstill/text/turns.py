@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from gemstill.text.template import Case, Layout, Slot, joined
 from gemstill.text.tokenizer import Tokenizer
 from gemstill.text.vocabulary import END_OF_TURN, START_OF_TURN
 
+_MARK = "\ufdd0"  # a code point that no text holds: Unicode keeps it for use within programs
+_MARKED = re.compile(f"{_MARK}({_MARK}?)")
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
 
 
@@ -32,22 +35,62 @@ def encode_turns(
         Error: roles that do not alternate, contents that are not text, a vocabulary without the control tokens of
             turns, a template that fails or takes too much time or memory.
     """
-    case, contents = _read(messages, add_generation_prompt)
+    return _encode(tokenizer, *_laid_out(tokenizer, messages, add_generation_prompt))
+
+
+def render_turns(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+) -> str:
+    """The conversation as one string, for libraries that pass strings on; `encode_rendered` knows its ids.
+
+    Without add_generation_prompt the last message is left open: the string ends with what is said in it. A control
+    token that is spelled out in what is said has a mark within, so that it stays text. Raises Error as `encode_turns`.
+    """
+    layout, _, contents = _laid_out(tokenizer, messages, add_generation_prompt)
+    if not add_generation_prompt:
+        said = [place for place, part in enumerate(layout) if isinstance(part, Slot)]
+        layout = layout[: said[-1] + 1]
+    return "".join(part if isinstance(part, str) else _marked(tokenizer, part.fill(contents)) for part in layout)
+
+
+def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text in which control tokens are spelled out, those apart that `render_turns` has marked."""
+    ids: list[int] = []
+    for part in tokenizer.split_controls(text):
+        ids += tokenizer.encode(_MARKED.sub(r"\1", part)) if isinstance(part, str) else [part]
+    return ids
+
+
+def _marked(tokenizer: Tokenizer, said: str) -> str:
+    """What is said with a mark in each control token that it spells; a mark that it holds itself is doubled."""
+    parts = tokenizer.split_controls(said.replace(_MARK, 2 * _MARK))
+    spelled = [tokenizer.decode([part]) if isinstance(part, int) else part for part in parts]
+    return "".join(
+        text[:1] + _MARK + text[1:] if isinstance(part, int) else text
+        for part, text in zip(parts, spelled, strict=True)
+    )
+
+
+def _laid_out(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], prompt: bool
+) -> tuple[Layout, Case, list[str]]:
+    """The layout of a conversation, by the model's own template or, which is the same or it has none, the report's."""
+    case, contents = _read(messages, prompt)
     tokens = _named_tokens(tokenizer)
     own = tokenizer.chat_template
     if own is None:
         _check_tokens(tokenizer)
-        return _encode(tokenizer, _ours(case, tokens), case, contents)
+        return _ours(case, tokens), case, contents
     try:
         verdict = templates.judge(own, tuple(tuple(_ours(each, tokens)) for each in templates.GRID), tokens)
         if verdict.same:
             _check_tokens(tokenizer)
-            return _encode(tokenizer, _ours(case, tokens), case, contents)
+            return _ours(case, tokens), case, contents
         note("its chat template differs from the Gemma report's turns; the template is used", where=tokenizer.source)
         if case.roles[0] == "system" and not verdict.takes_system:
             folded = f"{contents[0]}\n\n{contents[1].strip()}"
             case, contents = Case(case.roles[1:], case.prompt), [folded, *contents[2:]]
-        return _encode(tokenizer, list(templates.layout(own, case, tokens)), case, contents)
+        return list(templates.layout(own, case, tokens)), case, contents
     except Error as error:
         if error.where:
             raise

@@ -1,0 +1,64 @@
+"""How far a model's probabilities can be trusted: of items that choose among given continuations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+BINS = 10
+
+
+class Choice(NamedTuple):
+    """An item's likeliest choice: its probability among the choices, whether it is right, and the texts."""
+
+    confidence: float
+    right: bool
+    prompt: str
+    chosen: str
+    wanted: str
+
+
+class Bar(NamedTuple):
+    """The items of one bin: their mean confidence and the share of them that is right."""
+
+    confidence: float
+    right: float
+    items: int
+
+
+def choice(sample: dict[str, Any]) -> Choice | None:
+    """The choice of one logged item; None where it does not choose, or its accuracy is no yes or no.
+
+    The probability is softmax over the log-likelihoods of the choices, as `acc` takes the largest of them.
+    """
+    answers, right = sample["filtered_resps"], sample.get("acc")
+    pairs = [answer for answer in answers if isinstance(answer, list | tuple) and len(answer) == 2]
+    if len(pairs) < 2 or len(pairs) != len(answers) or right not in (0, 1):
+        return None
+    logprobs = [float(pair[0]) for pair in pairs]
+    best = max(range(len(logprobs)), key=logprobs.__getitem__)
+    total = math.fsum(math.exp(value - logprobs[best]) for value in logprobs)
+    arguments, target = sample["arguments"], sample["target"]
+    contexts = {str(pair[0]) for pair in arguments}
+    # Where the choices stand in the context (Winogrande), its end tells them apart.
+    texts = [str(pair[1]) if len(contexts) == 1 else f"…{str(pair[0])[-60:]}{pair[1]}" for pair in arguments]
+    wanted = texts[target] if isinstance(target, int) and len(contexts) == 1 and 0 <= target < len(texts) else ""
+    return Choice(1 / total, bool(right), str(arguments[best][0]), texts[best], wanted)
+
+
+def bins(chosen: Sequence[Choice]) -> list[Bar]:
+    """The items in bins of equal width by confidence, empty ones left out."""
+    groups: list[list[Choice]] = [[] for _ in range(BINS)]
+    for one in chosen:
+        groups[min(BINS - 1, int(one.confidence * BINS))].append(one)
+    return [
+        Bar(sum(one.confidence for one in group) / len(group), sum(one.right for one in group) / len(group), len(group))
+        for group in groups
+        if group
+    ]
+
+
+def expected_error(chosen: Sequence[Choice]) -> float:
+    """Expected calibration error: |share right − confidence|, the mean over items of their bins' (Guo et al. 2017)."""
+    return sum(abs(bar.right - bar.confidence) * bar.items for bar in bins(chosen)) / len(chosen)

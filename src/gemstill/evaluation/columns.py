@@ -1,0 +1,220 @@
+"""From the items of data files to the columns that lm-eval's tasks read: those of the data sets on the hub.
+
+Each function takes one `Record` and returns one row. What a task makes of a row (its prompt, its few-shot examples, its
+metric) stays lm-eval's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gemstill.core.errors import Error
+from gemstill.evaluation.records import Record, read_records, read_text
+
+Row = dict[str, Any]
+_INSTRUCTION = re.compile(r"^Please [^:\n]*: *(?P<question>.*?)\n\n(?P<options>.*?)\s*Answer format:[^\n]*$", re.S)
+_OPTION = re.compile(r"(?:^|\s)(?:Answer|Option)(\d+): ?")
+_BOXED = re.compile(r"\s*You need to put your final answer in \\boxed\{\}\.?\s*$")
+_PAGE = re.compile(r"(?m)^ = [^=\n][^\n]*[^=\n] = \n")  # the title of an article; a section's has more signs
+PRONOUNS = {
+    "male": ("he", "him", "his"),
+    "female": ("she", "her", "hers"),
+    "neutral": ("they", "them", "their"),
+}
+
+
+def mmlu(item: Record) -> Row:
+    """cais/mmlu: question, choices, answer (a number from 0)."""
+    answer = item.text("answer").strip()
+    index = "ABCD".find(answer) if len(answer) == 1 and answer.isalpha() else int(answer) if answer.isdigit() else -1
+    if not 0 <= index <= 3:
+        raise item.error(f"has '{answer}' in field 'answer', which should be 0 to 3 or A to D")
+    return {
+        "question": item.text("question"),
+        "choices": [item.text(f"choice{number}") for number in range(4)],
+        "answer": index,
+    }
+
+
+def _instruction(item: Record) -> tuple[str, list[str], int]:
+    """Question, options and the right one's number from 0, of an item whose options stand in its instruction."""
+    found = _INSTRUCTION.match(item.text("instruction"))
+    if not found:
+        raise item.error("has no question with options in field 'instruction'")
+    parts = _OPTION.split(found["options"])
+    options = [part.strip() for part in parts[2::2]]
+    answer = re.fullmatch(r"(?:answer|option)(\d+)", item.text("answer").strip())
+    if parts[1::2] != [str(number) for number in range(1, len(options) + 1)] or not options:
+        raise item.error("has options in field 'instruction' that are not numbered from 1")
+    if not answer or not 1 <= int(answer[1]) <= len(options):
+        raise item.error(f"has '{item.text('answer')}' in field 'answer', which names none of its options")
+    return found["question"], options, int(answer[1]) - 1
+
+
+def arc(item: Record) -> Row:
+    """allenai/ai2_arc: question, choices (text, label), answerKey."""
+    question, options, right = _instruction(item)
+    labels = list("ABCDEFGH"[: len(options)])
+    return {"question": question, "choices": {"text": options, "label": labels}, "answerKey": labels[right]}
+
+
+def winogrande(item: Record) -> Row:
+    """allenai/winogrande: sentence with one _, option1, option2, answer (1 or 2)."""
+    sentence, options, right = _instruction(item)
+    if len(options) != 2 or "_" not in sentence:
+        raise item.error("has no sentence with _ and two options in field 'instruction'")
+    return {"sentence": sentence, "option1": options[0], "option2": options[1], "answer": str(right + 1)}
+
+
+def siqa(item: Record) -> Row:
+    """lighteval/siqa: context, question, answerA to answerC, label (1 to 3); both parts stood in one line."""
+    merged, options, right = _instruction(item)
+    if len(options) != 3:
+        raise item.error("has not three options in field 'instruction'")
+    # The prompt joins the two with a space again: where they are cut changes nothing of it.
+    context, _, question = merged.rpartition(". ")
+    context, question = (f"{context}.", question) if context else tuple(merged.split(" ", 1))
+    return {
+        "context": context, "question": question, "label": str(right + 1),
+        "answerA": options[0], "answerB": options[1], "answerC": options[2],
+    }  # fmt: skip
+
+
+def boolq(item: Record) -> Row:
+    """aps/super_glue boolq: passage (empty where the item has none), question without its mark, label."""
+    found = re.match(r"(?s)^Please [^:]*: *(.*?)\s*\n\nAnswer format:", item.text("instruction"))
+    if not found:
+        raise item.error("has no question in field 'instruction'")
+    answer = item.text("answer").strip().lower()
+    if answer not in ("true", "false"):
+        raise item.error(f"has '{answer}' in field 'answer', which should be true or false")
+    passage = item.text("passage") if "passage" in item.fields else ""
+    return {"passage": passage, "question": found[1].removesuffix("?"), "label": int(answer == "true")}
+
+
+def gsm8k(item: Record) -> Row:
+    """openai/gsm8k: question, answer (its last line '#### number')."""
+    if "####" not in item.text("answer"):
+        raise item.error("has no line '#### number' in field 'answer'")
+    return {"question": item.text("question"), "answer": item.text("answer")}
+
+
+def agieval(item: Record) -> Row:
+    """hails/agieval-*: query, choices, gold (a list of numbers from 0); for mathematics query and answer.
+
+    The query is AGIEval's own prompt without examples (Zhong et al., 2023).
+    """
+    passage, question = item.fields.get("passage") or "", item.text("question")
+    if not item.fields.get("options"):
+        return {"query": f"{passage}Q: {question}\nA: The answer is", "answer": item.text("answer")}
+    options, label = item.get("options", list), item.text("label")
+    if not (len(label) == 1 and 0 <= "ABCDEFG".find(label) < len(options)):
+        raise item.error(f"has '{label}' in field 'label', which names none of its options")
+    last = "ABCDEFG"[len(options) - 1]
+    query = f"{passage}Q: {question} Answer Choices: {' '.join(options)}\nA: Among A through {last}, the answer is"
+    return {"query": query, "choices": options, "gold": ["ABCDEFG".find(label)]}
+
+
+def bbh(item: Record) -> Row:
+    """SaylorTwift/bbh: input, target."""
+    return {"input": item.text("input"), "target": item.text("target")}
+
+
+def math(item: Record) -> Row:
+    """HuggingFaceH4/MATH-500: problem, solution, answer; the solution is the boxed answer alone."""
+    problem, answer = _BOXED.sub("", item.text("prompt")), item.text("answer")
+    return {"problem": problem, "solution": f"$\\boxed{{{answer}}}$", "answer": answer}
+
+
+def humaneval(item: Record) -> Row:
+    """openai/openai_humaneval: task_id, prompt, canonical_solution, test, entry_point."""
+    return {name: item.text(name) for name in ("task_id", "prompt", "canonical_solution", "test", "entry_point")}
+
+
+def truthfulqa(item: Record) -> Row:
+    """truthfulqa/truthful_qa multiple_choice: question, mc1_targets, mc2_targets (choices, labels), true ones first."""
+    best = item.text("Best Answer").strip()
+    true, false = (_parts(item.text(name)) for name in ("Correct Answers", "Incorrect Answers"))
+    if not best or not true or not false:
+        raise item.error("has no answer in 'Best Answer', 'Correct Answers' or 'Incorrect Answers'")
+    targets = {"choices": [*true, *false], "labels": [1] * len(true) + [0] * len(false)}
+    first = {"choices": [best, *false], "labels": [1] + [0] * len(false)}
+    return {"question": item.text("Question").strip(), "mc1_targets": first, "mc2_targets": targets}
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(";") if part.strip()]
+
+
+def crows_pairs(item: Record) -> Row:
+    """jannalu/crows_pairs_multilingual: sent_more, sent_less, bias_type."""
+    return {name: item.text(name) for name in ("sent_more", "sent_less", "stereo_antistereo", "bias_type")}
+
+
+def bbq(item: Record) -> Row:
+    """oskarvanderwal/bbq: the item as its makers wrote it."""
+    names = ("question_polarity", "context_condition", "category", "context", "question", "ans0", "ans1", "ans2")
+    info = item.get("answer_info", dict)
+    groups = item.get("additional_metadata", dict).get("stereotyped_groups")
+    if not isinstance(groups, list) or any(not isinstance(info.get(name), list) for name in names[-3:]):
+        raise item.error("has no 'stereotyped_groups' in 'additional_metadata', or no three answers in 'answer_info'")
+    return {
+        **{name: item.text(name) for name in names},
+        "answer_info": {name: info[name] for name in names[-3:]},
+        "additional_metadata": {"stereotyped_groups": groups},
+        "label": item.get("label", int),
+    }
+
+
+def winogender(item: Record) -> Row:
+    """oskarvanderwal/winogender: sentence, pronoun, occupation, participant, gender, label (1: the participant)."""
+    parts, sentence = item.text("sentid").split("."), item.text("sentence")
+    if len(parts) < 4 or parts[2] not in ("0", "1") or parts[3] not in PRONOUNS:
+        raise item.error("has no 'occupation.participant.answer.gender' in field 'sentid'")
+    occupation, participant, answer, gender = parts[:4]
+    pronoun = next((word for word in re.findall(r"\w+", sentence) if word.lower() in PRONOUNS[gender]), None)
+    if pronoun is None:
+        raise item.error(f"has no {gender} pronoun in field 'sentence'")
+    return {
+        "sentence": sentence, "pronoun": pronoun, "occupation": occupation, "participant": participant,
+        "gender": gender, "label": int(answer),
+    }  # fmt: skip
+
+
+def ifeval(item: Record) -> Row:
+    """google/IFEval: key, prompt, instruction_id_list, kwargs."""
+    kwargs = item.get("kwargs", list)
+    return {
+        "key": item.get("key", int),
+        "prompt": item.text("prompt"),
+        "instruction_id_list": item.get("instruction_id_list", list),
+        "kwargs": kwargs,
+    }
+
+
+def piqa(paths: Sequence[Path]) -> list[Row]:
+    """baber/piqa: goal, sol1, sol2, label; the labels stand in a file of their own, one a line."""
+    items, labels = list(read_records(paths[0])), read_text(paths[1]).split()
+    if len(items) != len(labels):
+        fix = "fetch both files again"
+        raise Error(f"has {len(labels)} labels for the {len(items)} items of {paths[0].name}", where=paths[1], fix=fix)
+    wrong = next((number for number, label in enumerate(labels, 1) if label not in ("0", "1")), None)
+    if wrong is not None:
+        raise Error("is no label; it should be 0 or 1", where=f"{paths[1]}, line {wrong}")
+    names = ("goal", "sol1", "sol2")
+    return [
+        {name: item.text(name) for name in names} | {"label": int(label)}
+        for item, label in zip(items, labels, strict=True)
+    ]
+
+
+def wikitext(paths: Sequence[Path]) -> list[Row]:
+    """EleutherAI/wikitext_document_level: page, an article with its title."""
+    text = read_text(paths[0])
+    starts = [found.start() for found in _PAGE.finditer(text)]
+    if not starts:
+        raise Error("holds no article: no line ' = Title = '", where=paths[0])
+    return [{"page": text[start:end]} for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]

@@ -1,0 +1,33 @@
+"""Settings of the measures. Nothing here loads torch, so help and wrong values are answered at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemstill.core.errors import Error
+from gemstill.infer.config import check_quantize
+
+CONTEXT = 2048  # tokens in a window where nothing is said
+
+
+@dataclass(frozen=True)
+class PerplexityConfig:
+    """`gemstill eval perplexity`."""
+
+    source: str  # the model: a folder, a GGUF file, a hub name
+    texts: str  # held-out text: a folder, a file or JSONL, compressed or not, or a data set's folder of shards
+    quantize: str = ""  # compute on weights in int8 or int4, or in the blocks of a GGUF "file"; empty: as stored
+    context: int = CONTEXT  # tokens in a window; less where the model was made for less
+    pattern: str = "**/*"  # which files of a folder
+    field: str = "text"  # where a JSONL record keeps its text
+    out: str = ""  # a JSON file that gets the figures, those of every document too
+
+    def __post_init__(self) -> None:
+        check_quantize(self.quantize)
+        check_context(self.context)
+
+
+def check_context(context: int) -> None:
+    """Raise Error for a window in which nothing could be predicted from anything."""
+    if context < 2:
+        raise Error(f"context is {context}", where="perplexity", fix="give a number of tokens from 2 up")

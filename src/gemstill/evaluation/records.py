@@ -1,0 +1,113 @@
+"""Data files of benchmarks as records that know where they stand: .jsonl, .json, .csv, .tsv, each perhaps .gz."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gemstill.core.errors import Error
+
+T = TypeVar("T")
+_KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "a group of fields", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One item of a file. where: file and line (or the item's number) for messages."""
+
+    fields: dict[str, Any]
+    where: str
+
+    def get(self, name: str, kind: type[T]) -> T:
+        """The field `name`, which has to be of this kind.
+
+        Raises:
+            Error: it is missing or something else; the file, the line and the field are named.
+        """
+        if name not in self.fields:
+            raise self.error(f"has no field '{name}'")
+        value = self.fields[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise self.error(f"has {value!r:.60} in field '{name}', which should be {_KINDS[kind]}")
+        return value
+
+    def text(self, name: str) -> str:
+        """The field `name`, a text."""
+        return self.get(name, str)
+
+    def error(self, what: str) -> Error:
+        """An error about this record."""
+        return Error(what, where=self.where, fix="mend the line, or give the file as its makers publish it")
+
+
+def find(root: Path, pattern: str) -> list[Path]:
+    """The files of `pattern` (a path under `root`, perhaps with *), as they are or else with .gz, in order."""
+    for name in (pattern, f"{pattern}.gz"):
+        if found := sorted(path for path in root.glob(name) if path.is_file()):
+            return found
+    return []
+
+
+def read_text(path: Path) -> str:
+    """A text file, unpacked where it ends in .gz.
+
+    Raises:
+        Error: it cannot be read or unpacked, or is no UTF-8 text.
+    """
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Error("is no whole gzip file", where=path, fix="fetch it again") from error
+    except OSError as error:
+        raise Error(f"cannot be read ({error.strerror})", where=path) from error
+    except UnicodeDecodeError as error:
+        raise Error("is no UTF-8 text", where=path) from error
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The items of a data file, in order. A .json file is a list, or an object whose "examples" are one.
+
+    Raises:
+        Error: the file cannot be read, or an item of it is none.
+    """
+    text, suffix = read_text(path), Path(path.name.removesuffix(".gz")).suffix
+    if suffix in (".csv", ".tsv"):
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="," if suffix == ".csv" else "\t", strict=True)
+        try:
+            for row in rows:
+                whole = {name: value for name, value in row.items() if isinstance(name, str) and value is not None}
+                yield Record(whole, f"{path}, line {rows.line_num}")
+        except csv.Error as error:
+            raise Error(f"is no table ({error})", where=f"{path}, line {rows.line_num}") from error
+    elif suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+    else:
+        whole = _parsed(text, str(path))
+        items = whole.get("examples") if isinstance(whole, dict) else whole
+        if not isinstance(items, list):
+            raise Error("holds no list of items", where=path, fix='write [...] or {"examples": [...]}')
+        for number, item in enumerate(items, 1):
+            yield _record(item, f"{path}, item {number}")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Error(f"is not valid JSON ({error})", where=where) from error
+
+
+def _record(item: Any, where: str) -> Record:
+    if not isinstance(item, dict):
+        raise Error("is no item with fields", where=where, fix="write an object: {...}")
+    return Record(item, where)

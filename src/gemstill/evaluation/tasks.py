@@ -1,0 +1,290 @@
+"""lm-eval's tasks by name: found, given their data, cut to a number of items. None is written again."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemstill.core.config import nearest
+from gemstill.core.errors import Error
+from gemstill.evaluation.code import jailed_code
+from gemstill.evaluation.jail import why_not
+from gemstill.evaluation.sources import Missing, locate
+
+OFFLINE = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "LocalEntryNotFoundError", "TimeoutException"}
+SEED = 1234  # of few-shot examples, as lm-eval's own command has it
+# These run programs that a model wrote.
+CODE = ("openai/openai_humaneval", "google-research-datasets/mbpp")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task, a group or a tag of lm-eval. shots: few-shot examples; None: as the task itself says."""
+
+    name: str
+    shots: int | None = None
+
+
+@dataclass
+class Selected:
+    """Tasks ready to run. members: all tasks of each name asked for; leaves: those that are run.
+
+    left_out, notes, files: by name of a task. samples: the items of each task, where they are not all.
+    """
+
+    tasks: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    members: dict[str, list[str]] = field(default_factory=dict)
+    leaves: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    samples: dict[str, list[int]] = field(default_factory=dict)
+
+    def absent(self) -> list[str]:
+        """What is left out and why, in one line for each name asked for."""
+        lines = []
+        for name, members in self.members.items():
+            gone = [task for task in members if task in self.left_out]
+            if gone == [name]:
+                lines.append(f"{name}: left out: {self.left_out[name]}")
+            elif gone:
+                what = "left out" if len(gone) == len(members) else f"{len(gone)} of its {len(members)} tasks left out"
+                lines.append(f"{name}: {what} ({gone[0]}: {self.left_out[gone[0]]})")
+        return lines
+
+    def items(self, name: str) -> int:
+        """How many items of a name asked for are run."""
+        return sum(
+            len(self.samples[leaf]) if leaf in self.samples else len(self.tasks[leaf].task_docs)
+            for leaf in self.leaves[name]
+        )
+
+
+def require() -> None:
+    """Say in one line that lm-eval is not there.
+
+    Raises:
+        Error: lm-eval cannot be imported.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise Error(f"needs lm-eval ({error})", where="evaluation", fix="pip install 'gemstill[eval]'") from error
+
+
+@functools.cache
+def manager() -> Any:
+    """lm-eval's index of its tasks: seconds to build, so once for a process."""
+    require()
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        return TaskManager()
+
+
+def select(asked: Sequence[Asked], *, data_root: Path | None = None, unsafe_code: bool = False) -> Selected:
+    """Load the tasks asked for, with their data from the hub or from `data_root`.
+
+    unsafe_code: run a model's programs without a jail where there is none; else such tasks are left out and named.
+
+    Raises:
+        Error: there is no such task, it needs a package or a licence that is not there, the hub cannot be reached, or a
+            data file is wrong. A task whose data are not under `data_root` is left out and named, unless all are.
+    """
+    if data_root is not None and not data_root.is_dir():
+        raise Error("there is no such folder", where=data_root, fix="name the folder that holds the benchmarks' files")
+    index = manager().task_index
+    for one in asked:
+        if one.name not in index:
+            raise Error(f"there is no task '{one.name}'", where="lm-eval", fix=nearest(one.name, index))
+    chosen = Selected()
+    for one in asked:
+        with quiet(), jailed_code(unsafe=unsafe_code):
+            names, groups = _take(one.name, {}, index)
+            leaves = [name for name, overrides in names if _load(name, overrides, one, data_root, unsafe_code, chosen)]
+            for group, members in groups:
+                _gather(group, members, index, chosen)
+        chosen.members[one.name] = [name for name, _ in names]
+        chosen.leaves[one.name] = leaves
+    if not chosen.tasks:
+        name, reason = next(iter(chosen.left_out.items()))
+        raise Error(f"no task has data ({name}: {reason})", where=data_root or "the hub")
+    return chosen
+
+
+def cut(chosen: Selected, limit: int | None, seed: int = 0) -> None:
+    """Keep at most `limit` items of each name asked for, drawn by `seed`; a group's are spread evenly over its tasks.
+
+    Tasks of a group that get no item (a limit below their number) leave it.
+    """
+    if not limit:
+        return
+    for name, leaves in chosen.leaves.items():
+        sizes = {leaf: len(chosen.tasks[leaf].task_docs) for leaf in leaves}
+        counts = spread(sizes, limit, random.Random(f"{seed}/{name}"))
+        for leaf, count in counts.items():
+            if not count:
+                _drop(leaf, chosen)
+            elif count < sizes[leaf]:
+                drawn = random.Random(f"{seed}/{leaf}").sample(range(sizes[leaf]), count)
+                chosen.samples[leaf] = sorted(drawn)
+        chosen.leaves[name] = [leaf for leaf in leaves if counts[leaf]]
+
+
+def _drop(leaf: str, chosen: Selected) -> None:
+    """Take a task out, and the groups that are empty then."""
+    del chosen.tasks[leaf]
+    gone = [leaf]
+    for name in gone:
+        for group in chosen.groups.values():
+            if group.pop(name) is not None and not len(group):
+                gone.append(group.name)
+    for name in gone:
+        chosen.groups.pop(name, None)
+
+
+def spread(sizes: Mapping[str, int], limit: int, rng: random.Random) -> dict[str, int]:
+    """How many items of each part are taken, `limit` in all: equally many, as far as the parts have them."""
+    counts = dict.fromkeys(sizes, 0)
+    while (left := limit - sum(counts.values())) > 0:
+        open_parts = [name for name, size in sizes.items() if counts[name] < size]
+        if not open_parts:
+            break
+        share = left // len(open_parts)
+        # What does not divide goes to some of the parts, one each.
+        lucky = open_parts if share else rng.sample(open_parts, left)
+        for name in lucky:
+            counts[name] += min(max(share, 1), sizes[name] - counts[name])
+    return counts
+
+
+def _take(
+    name: str, overrides: dict[str, Any], index: Mapping[str, Any]
+) -> tuple[list[tuple[str, dict[str, Any]]], list[tuple[str, list[str]]]]:
+    """The tasks under a name, with what its groups override of them, and its groups (innermost first) with members."""
+    from lm_eval.tasks.manager import Kind
+
+    entry = index[name]
+    if entry.kind == Kind.TAG:
+        return [(task, overrides) for task in sorted(entry.tags)], []
+    if entry.kind != Kind.GROUP:
+        return [(name, overrides)], []
+    leaves: list[tuple[str, dict[str, Any]]] = []
+    groups: list[tuple[str, list[str]]] = []
+    members: list[str] = []
+    for item in entry.cfg["task"]:
+        member = item if isinstance(item, str) else item.get("task") or item.get("group")
+        if not isinstance(member, str) or member not in index:
+            raise Error("is put together in a way that is not supported", where=f"lm-eval's group {name}")
+        more = {} if isinstance(item, str) else {key: value for key, value in item.items() if key != "group"}
+        inner, nested = _take(member, {**overrides, **more}, index)
+        leaves += inner
+        groups += nested
+        members += [leaf for leaf, _ in inner] if index[member].kind == Kind.TAG else [member]
+    return leaves, [*groups, (name, members)]
+
+
+def _load(
+    name: str, overrides: dict[str, Any], asked: Asked, data_root: Path | None, unsafe: bool, chosen: Selected
+) -> bool:
+    """Load one task into `chosen`; False where it is left out."""
+    if name in chosen.tasks:
+        raise Error(f"is asked for twice, the second time by {asked.name}", where=f"task {name}", fix="name it once")
+    config = {**(manager().task_index[name].cfg or {}), **overrides}
+    if config.get("dataset_path") in CODE and not unsafe and (reason := why_not()):
+        chosen.left_out[name] = f"it runs programs that the model wrote, and {reason}; --unsafe-code true does without"
+        return False
+    found = None if data_root is None else locate(config, data_root)
+    if isinstance(found, Missing):
+        chosen.left_out[name] = found.reason
+        return False
+    override = found.override if found else {}
+    # A group is the way that lm-eval has to override parts of a task.
+    task = _loaded({"group": f"of {name}", "task": [{**overrides, **override, "task": name}]}, name)
+    if asked.shots is not None:
+        task.set_config(key="num_fewshot", value=asked.shots)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=SEED)
+    chosen.tasks[name] = task
+    if found:
+        chosen.files[name] = found.files
+        notes = [found.note] if found.note else []
+        if found.borrows and task.get_config("num_fewshot"):
+            notes.append("few-shot examples come from the evaluated split, the item itself left out")
+        if notes:
+            chosen.notes[name] = notes
+    return True
+
+
+def _gather(name: str, members: list[str], index: Mapping[str, Any], chosen: Selected) -> None:
+    """Put a group together from its members that are there."""
+    from lm_eval.api.group import Group, GroupConfig
+
+    known = ("group", "group_alias", "task", "aggregate_metric_list", "metadata")
+    config = {key: value for key, value in index[name].cfg.items() if key in known}
+    group = Group.from_config(GroupConfig(**config))
+    for member in members:
+        if (item := chosen.tasks.get(member) or chosen.groups.get(member)) is not None:
+            group.add(item)
+    if len(group):
+        chosen.groups[name] = group
+
+
+def _loaded(spec: dict[str, Any], name: str) -> Any:
+    """One task, built by lm-eval; what goes wrong there as one line."""
+    where = f"task {name}"
+    try:
+        tasks = manager().load([spec])["tasks"]
+    except Error:
+        raise
+    except ImportError as error:
+        fix = f"pip install {error.name.partition('.')[0]}" if error.name else "pip install 'gemstill[eval]'"
+        raise Error(f"needs a package that is not there ({error})", where=where, fix=fix) from error
+    except Exception as error:  # lm-eval and datasets raise whatever their parts do
+        raise _fault(error, where) from error
+    return tasks[name]
+
+
+def _fault(error: Exception, where: str) -> Error:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = " ".join(str(error).split())
+    if kinds & {"GatedRepoError", "DatasetNotFoundError"} or "gated" in text:
+        fix = "accept its licence on huggingface.co and log in (hf auth login), or give the files with --data-root"
+        return Error(f"cannot have its data ({text:.120})", where=where, fix=fix)
+    if kinds & OFFLINE:
+        fix = "go online, or name the files with --data-root"
+        return Error("cannot have its data: the hub cannot be reached", where=where, fix=fix)
+    return Error(f"cannot be loaded by lm-eval ({type(error).__name__}: {text:.200})", where=where)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without lm-eval's and datasets' own talk and bars: the command has a progress line of its own."""
+    import datasets
+    import lm_eval.api.task as task_module
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    before = [logger.level for logger in loggers]
+    bar, bars = task_module.tqdm, datasets.utils.logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    task_module.tqdm = lambda items, **_: items
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+        task_module.tqdm = bar
+        if bars:
+            datasets.enable_progress_bars()

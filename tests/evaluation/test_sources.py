@@ -1,0 +1,253 @@
+"""Data roots: each layout becomes what lm-eval's own task reads, and faults are named to the field."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from gemstill.core.errors import Error
+from gemstill.core.files import sha256
+from gemstill.evaluation.sources import TABLE, Found, Missing, layout, locate
+from gemstill.evaluation.tasks import Asked, Selected, cut, manager, quiet, select
+from tests.evaluation.roots import SUBJECTS, lines, put, write_root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_root(tmp_path_factory.mktemp("root"))
+
+
+def prompts(chosen: Selected, name: str) -> list[tuple[Any, ...]]:
+    task = chosen.tasks[name]
+    with quiet():
+        task.build_all_requests(limit=None)
+    return [request.args for request in task.instances]
+
+
+# One request of each task in full: lm-eval's prompt around our rows.
+REQUESTS = {
+    "arc_easy": ("Question: What is like 0?\nAnswer:", " red"),
+    "winogrande": ("Ann met Bob and Ann", " was 0."),
+    "social_iqa": ("Q: Kim ran 0 miles. How is Kim?\nA:", " red"),
+    "boolq": ("\nQuestion: is 0 even?\nAnswer:", " no"),
+    "piqa": ("Question: Open box 0\nAnswer:", " with a key"),
+    "crows_pairs_english": ("", "Old 0 is slow."),
+    "bbq": ("Two people met 0 times.\n\nQ: Who forgot?\nA:", " The grandfather"),
+    "winogender_all": ("The nurse told man 0 that she left. ‘She’ refers to the", " nurse"),
+    "wikitext": (" = Title 0 =\n\nSome text, of 0.\n\n== Part ==\n\nMore.\n\n",),
+}
+
+
+def test_each_layout_becomes_the_prompt_of_its_task(root: Path) -> None:
+    chosen = select([Asked(name) for name in REQUESTS], data_root=root)
+    assert not chosen.left_out
+    for name, request in REQUESTS.items():
+        got = prompts(chosen, name)
+        assert got[0] == request, name
+    assert [args[1] for args in prompts(chosen, "boolq")[:2]] == [" no", " yes"]
+
+
+def test_few_shot_examples_and_groups_are_lm_evals_own(root: Path) -> None:
+    chosen = select(
+        [Asked("mmlu", 2), Asked("gsm8k", 1), Asked("minerva_math500"), Asked("bbh_cot_fewshot")], data_root=root
+    )
+    mmlu = prompts(chosen, "mmlu_anatomy")[0]
+    choices = "A. red\nB. green\nC. blue\nD. grey\nAnswer:"
+    head = "The following are multiple choice questions (with answers) about anatomy.\n\n"
+    ask = "Which anatomy is number {}?\n" + choices
+    assert mmlu == (head + ask.format(0) + " A\n\n" + ask.format(1) + " B\n\n" + ask.format(0), " A")
+    assert set(chosen.leaves["mmlu"]) == {f"mmlu_{subject}" for subject in SUBJECTS}
+    assert len([name for name in chosen.left_out if name.startswith("mmlu_")]) == 54
+    assert chosen.left_out["mmlu_sociology"] == "no mmlu/dev/sociology_dev.csv (or .gz)"
+    assert {task.task_name for task in chosen.groups["mmlu"].get_all_tasks()} == set(chosen.leaves["mmlu"])
+    assert "mmlu_social_sciences" not in chosen.groups  # none of its subjects is there
+    context, _ = prompts(chosen, "gsm8k")[0]
+    assert context.count("#### ") == 1
+    assert context.endswith("Question: What is 0 + 1?\nAnswer:")
+    math, settings = prompts(chosen, "minerva_math500")[0]
+    assert math.endswith("Problem:\nAdd 0 and 2.\n\nSolution:")
+    assert math.count("Problem:") == 5
+    assert "boxed{}" not in math
+    assert settings["until"] == ["Problem:"]
+    assert prompts(chosen, "bbh_cot_fewshot_navigate")[0][0].endswith("Q: Walk 0.\nA: Let's think step by step.\n")
+
+
+def test_agieval_asks_as_its_makers_do_with_their_examples(root: Path, tmp_path: Path) -> None:
+    bare = prompts(select([Asked("agieval_lsat_ar")], data_root=root), "agieval_lsat_ar")
+    query = (
+        "Four hats. Q: Which is 0? Answer Choices: (A)red (B)green (C)blue (D)grey\nA: Among A through D, the answer is"
+    )
+    assert bare[0] == (query, " (A)red")
+    sample = {"passage": None, "question": "Which?", "options": ["(A)one", "(B)two"], "label": "B"}
+    there = write_root(tmp_path)
+    put(
+        there / "agieval/few_shot_prompts.csv",
+        f',lsat-ar,math\nsample 1,"{sample}","{ {"question": "How many?", "answer": "7"} }"\nexplanation 1,x,y\n',
+    )
+    chosen = select([Asked("agieval_lsat_ar"), Asked("agieval_math")], data_root=there)
+    example = "Q: Which? Answer Choices: (A)one (B)two\nA: Among A through B, the answer is (B)two\n\n"
+    assert prompts(chosen, "agieval_lsat_ar")[0] == (example + query, " (A)red")
+    assert prompts(chosen, "agieval_math")[0][0] == "Q: How many?\nA: The answer is 7\n\nQ: Add 0.\nA: The answer is"
+    assert "agieval/few_shot_prompts.csv" in chosen.files["agieval_math"]
+
+
+def test_every_file_is_named_with_its_hash(root: Path) -> None:
+    chosen = select([Asked("piqa"), Asked("truthfulqa_mc2"), Asked("humaneval")], data_root=root, unsafe_code=True)
+    for task, names in {
+        "piqa": ["piqa/valid.jsonl", "piqa/valid-labels.lst"],
+        "humaneval": ["humaneval/HumanEval.jsonl.gz"],
+    }.items():
+        assert chosen.files[task] == {name: sha256(root / name) for name in names}
+    assert prompts(chosen, "humaneval")[0][0] == "def one():\n"
+    assert "published" in chosen.notes["truthfulqa_mc2"][0]
+    labels = chosen.tasks["truthfulqa_mc2"].task_docs[0]["mc2_targets"]
+    assert labels == {"choices": ["No", "Never", "Yes", "Often", "Now"], "labels": [1, 1, 0, 0, 0]}
+
+
+def test_what_is_not_there_is_left_out_by_name_and_nothing_else_is_an_error(root: Path) -> None:
+    chosen = select([Asked("hellaswag"), Asked("arc_easy"), Asked("bbq")], data_root=root)
+    assert chosen.left_out == {"hellaswag": "Rowan/hellaswag has no place in the layout of a data root"}
+    assert list(chosen.tasks) == ["arc_easy", "bbq"]
+    assert chosen.leaves["hellaswag"] == []
+    with pytest.raises(Error, match=r"no task has data \(hellaswag: .*layout"):
+        select([Asked("hellaswag")], data_root=root)
+    with pytest.raises(Error, match=r"there is no such folder; name the folder"):
+        select([Asked("piqa")], data_root=root / "none")
+
+
+def test_few_shot_examples_from_the_evaluated_split_are_told(root: Path) -> None:
+    borrowed = "few-shot examples come from the evaluated split, the item itself left out"
+    assert borrowed in select([Asked("winogrande", 2)], data_root=root).notes["winogrande"]
+    assert borrowed not in select([Asked("winogrande", 0)], data_root=root).notes["winogrande"]
+    context, _ = prompts(select([Asked("winogrande", 2)], data_root=root), "winogrande")[0]
+    assert context.count("\n\n") == 2
+    assert context.count(" was 0.") == 0
+
+
+def test_an_unknown_task_is_answered_with_the_nearest(root: Path) -> None:
+    with pytest.raises(Error, match=r"there is no task 'arc_esy'; did you mean 'arc_easy'"):
+        select([Asked("arc_esy")], data_root=root)
+    with pytest.raises(Error, match=r"task arc_easy: is asked for twice, the second time by ai2_arc"):
+        select([Asked("arc_easy"), Asked("ai2_arc")], data_root=root)
+
+
+def test_without_the_hub_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(Error) as caught:
+        select([Asked("piqa")])
+    assert str(caught.value) == (
+        "task piqa: cannot have its data: the hub cannot be reached; go online, or name the files with --data-root"
+    )
+
+
+def test_a_package_or_a_licence_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'rare_thing'", name="rare_thing")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(Error, match=r"task piqa: needs a package that is not there .*; pip install rare_thing"):
+        select([Asked("piqa")])
+
+    def gated(*_: object, **__: object) -> None:
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'baber/piqa' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    with pytest.raises(Error, match=r"cannot have its data .*accept its licence on huggingface.co and log in"):
+        select([Asked("piqa")])
+
+
+def edited(root: Path, name: str, field: str, value: object) -> None:
+    """Set one field of the second item of a JSON lines file, or take it away."""
+    path = root / name
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    items = [json.loads(line) for line in data.decode().splitlines()]
+    items[1][field] = value
+    if value is None:
+        del items[1][field]
+    put(path, lines(items))
+
+
+TEXT, NUMBER = "should be a text", "should be a whole number"
+FAULTS = {
+    "gsm8k": ("gsm8k/test.jsonl", "answer", None, "test.jsonl, line 2: has no field 'answer'"),
+    "piqa": ("piqa/valid.jsonl", "sol2", 7, f"line 2: has 7 in field 'sol2', which {TEXT}"),
+    "agieval_lsat_ar": ("agieval/lsat-ar.jsonl", "label", "F", "line 2: has 'F' in field 'label', which names none"),
+    "bbq": ("bbq/Age.jsonl.gz", "label", "2", f"line 2: has '2' in field 'label', which {NUMBER}"),
+    "minerva_math500": ("math500/MATH500.jsonl", "prompt", None, "line 2: has no field 'prompt'"),
+}
+
+
+@pytest.mark.parametrize("task", FAULTS)
+def test_a_field_that_is_missing_or_wrong_is_named_with_file_and_line(task: str, tmp_path: Path) -> None:
+    name, field, value, sentence = FAULTS[task]
+    edited(write_root(tmp_path), name, field, value)
+    with pytest.raises(Error) as caught:
+        select([Asked(task)], data_root=tmp_path)
+    assert sentence in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_tables_and_lists_name_their_lines_and_items(tmp_path: Path) -> None:
+    root = write_root(tmp_path)
+    put(
+        root / "mmlu/test/anatomy_test.csv.gz",
+        "question,choice0,choice1,choice2,choice3,answer\nWhich?,a,b,c,d,0\nWhich?,a,b\n",
+    )
+    with pytest.raises(Error, match=r"anatomy_test.csv.gz, line 3: has no field 'answer'"):
+        select([Asked("mmlu_anatomy")], data_root=root)
+    put(root / "mmlu/test/anatomy_test.csv.gz", "question,choice0,choice1,choice2,choice3,answer\nWhich?,a,b,c,d,E\n")
+    with pytest.raises(Error, match=r"line 2: has 'E' in field 'answer', which should be 0 to 3 or A to D"):
+        select([Asked("mmlu_anatomy")], data_root=root)
+    put(root / "siqa/test.json", json.dumps([{"instruction": "What?", "answer": "answer1"}]))
+    with pytest.raises(Error, match=r"siqa/test.json, item 1: has no question with options in field 'instruction'"):
+        select([Asked("social_iqa")], data_root=root)
+    put(root / "siqa/test.json", "{}")
+    with pytest.raises(Error, match=r"siqa/test.json: holds no list of items"):
+        select([Asked("social_iqa")], data_root=root)
+    put(root / "piqa/valid-labels.lst", "0\n1\n")
+    with pytest.raises(Error, match=r"valid-labels.lst: has 2 labels for the 6 items of valid.jsonl"):
+        select([Asked("piqa")], data_root=root)
+    (root / "bbq/Age.jsonl.gz").write_bytes((root / "bbq/Age.jsonl.gz").read_bytes()[:-20])
+    with pytest.raises(Error, match=r"Age.jsonl.gz: is no whole gzip file; fetch it again"):
+        select([Asked("bbq")], data_root=root)
+    put(root / "gsm8k/test.jsonl", "")
+    with pytest.raises(Error, match=r"openai/gsm8k: the files of its split 'test' hold no item"):
+        select([Asked("gsm8k")], data_root=root)
+    put(root / "wikitext2/valid.txt", "no titles")
+    with pytest.raises(Error, match=r"valid.txt: holds no article"):
+        select([Asked("wikitext")], data_root=root)
+
+
+def test_the_table_stands_for_data_sets_that_lm_eval_asks_for(root: Path) -> None:
+    """A data set that lm-eval renames would otherwise be left out without anybody noticing."""
+    asked = {(entry.cfg or {}).get("dataset_path") for entry in manager().task_index.values()}
+    assert {path for path, _ in TABLE} <= asked
+    assert len(list(layout())) == len(TABLE)
+    assert isinstance(locate({"dataset_path": "cais/mmlu", "dataset_name": "anatomy"}, root), Found)
+    assert isinstance(locate({"dataset_path": "cais/mmlu", "dataset_name": "alchemy"}, root), Missing)
+
+
+def test_a_limit_takes_the_same_items_again_and_spreads_them_over_a_group(root: Path) -> None:
+    def sizes(limit: int, seed: int = 0) -> tuple[Selected, dict[str, int]]:
+        chosen = select([Asked("mmlu"), Asked("piqa")], data_root=root)
+        cut(chosen, limit, seed)
+        return chosen, {leaf: len(chosen.samples.get(leaf, range(6))) for leaf in chosen.tasks}
+
+    chosen, counts = sizes(7)
+    assert sorted(counts[f"mmlu_{subject}"] for subject in SUBJECTS) == [2, 2, 3]
+    assert counts["piqa"] == 6
+    assert chosen.samples == sizes(7)[0].samples
+    assert chosen.samples != sizes(7, 1)[0].samples
+    few, counts = sizes(2)
+    assert sum(counts.values()) == 4
+    assert len(few.leaves["mmlu"]) == 2
+    assert {task.task_name for task in few.groups["mmlu"].get_all_tasks()} == set(few.leaves["mmlu"])
+    assert len(sizes(100)[0].samples) == 0
