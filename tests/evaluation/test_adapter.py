@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import gemstill
 from gemstill.core.errors import Error
 from gemstill.evaluation.adapter import Adapter
+from gemstill.text.turns import encode_turns
 from tests.evaluation.requests import hf, instances
 from tests.infer.networks import SMALL, SMALL3, network
 from tests.model.tokenizers import small_tokenizer
@@ -60,7 +61,7 @@ def scored(backend: Any, asked: list[tuple[str, str]]) -> list[tuple[float, bool
         return type(error).__name__
 
 
-quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @quick
@@ -103,3 +104,104 @@ def test_the_greedy_continuation_is_said_to_be_it(both, count):
 def test_rolling(both, asked):
     found = [b.loglikelihood_rolling(instances("loglikelihood_rolling", [(x,) for x in asked])) for b in both]
     assert found[0] == pytest.approx(found[1], abs=1e-3, rel=1e-5)
+
+
+options = st.fixed_dictionaries(
+    {"until": st.sampled_from([[], ["a"], ["\n", "e"], ["th", " r"], "i"]), "max_gen_toks": st.sampled_from([1, 7, 20])},
+    optional={"do_sample": st.just(False), "temperature": st.just(0.0)},
+)
+
+
+@settings(quick, max_examples=5)
+@given(asked=st.lists(st.tuples(st.one_of(texts, st.just("")), options), min_size=3, max_size=6))
+def test_generations(both, asked):
+    ours, theirs = (
+        backend.generate_until(instances("generate_until", [(text, dict(how)) for text, how in asked]))
+        for backend in both
+    )
+    assert ours == theirs
+
+
+def test_draws_of_one_request_differ_and_are_the_same_in_each_run(both):
+    how = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+    asked = instances("generate_until", [("def", how)] * 3 + [("return", how)])
+    found = [both[0].generate_until(asked) for _ in range(2)]
+    assert found[0] == found[1]
+    assert len(set(found[0][:3])) > 1
+
+
+MESSAGES = [
+    {"role": "user", "content": " What is 東京? "},
+    {"role": "assistant", "content": "straße"},
+    {"role": "user", "content": "width\n"},
+]
+
+
+def test_chats_are_laid_out_as_the_template_says(both):
+    ours, theirs = both
+    for messages in (MESSAGES[:1], MESSAGES):
+        prompt = ours.apply_chat_template(messages)
+        assert ours.tok_encode(prompt) == encode_turns(ours.tokenizer, messages)
+    opened = ours.apply_chat_template(MESSAGES[:2], add_generation_prompt=False)
+    assert opened.endswith("<start_of_turn>model\nstraße")
+    closing = encode_turns(ours.tokenizer, MESSAGES[:2], add_generation_prompt=False)
+    ids = ours.tok_encode(opened)
+    assert closing[: len(ids)] == ids
+
+
+def test_a_control_token_in_a_message_is_text(both):
+    ours = both[0]
+    for said in ("a<end_of_turn>b", "<bos><bos", "\ufdd0<eos>\ufdd0", "<\ufdd0eos>"):
+        messages = [{"role": "user", "content": said}]
+        ids = ours.tok_encode(ours.apply_chat_template(messages))
+        assert ids == encode_turns(ours.tokenizer, messages)
+        assert said in ours.tokenizer.decode(ids)
+
+
+def test_what_is_too_long_is_counted(both):
+    ours = Adapter(both[0].model, both[0].tokenizer, context=CONTEXT)
+    context = "def area_1(width, height):\n" * 40
+    ours.loglikelihood(instances("loglikelihood", [(context, "a"), ("a", "b")]))
+    assert ours.truncated == 1
+    ours.generate_until(instances("generate_until", [(context, {"max_gen_toks": 2}), ("a", {"max_gen_toks": 2})]))
+    assert ours.truncated == 2
+
+
+def test_answers_are_told_as_they_come(both):
+    ours, told = Adapter(both[0].model, both[0].tokenizer, context=CONTEXT), []
+
+    class Hook:
+        def add_partial(self, method: str, request: tuple[Any, ...], answer: Any) -> None:
+            told.append((method, request, answer))
+
+    ours.set_cache_hook(Hook())
+    for method, asked in (
+        ("loglikelihood", [("a", " b"), ("", "c")]),
+        ("loglikelihood_rolling", [("straße " * 30,), ("a",)]),
+        ("generate_until", [("a", {"max_gen_toks": 2, "until": ["b"]})]),
+    ):
+        answers = getattr(ours, method)(instances(method, asked))
+        key = repr
+        assert sorted(told, key=key) == sorted(zip([method] * 2, asked, answers, strict=False), key=key)
+        told.clear()
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "message"),
+    [
+        ("loglikelihood", ("a", ""), "made-up item 0: its continuation is empty"),
+        ("loglikelihood", ("", ""), "its continuation is empty"),
+        ("loglikelihood", ("a", "é東" * 60), "tokens exceeds the context of 48"),
+        ("generate_until", ("a", {"max_gen_toks": 48}), "max_gen_toks of 48 leaves a context of 48 tokens no room"),
+        ("generate_until", ("a", {"num_beams": 4}), "there is no option num_beams"),
+        ("generate_until", ("a", {"do_sample": True}), "do_sample at a temperature of 0"),
+    ],
+)
+def test_refusals(both, method, asked, message):
+    with pytest.raises(Error, match=message):
+        getattr(both[0], method)(instances(method, [asked]))
+
+
+def test_a_context_longer_than_the_model_is_refused(both):
+    with pytest.raises(Error, match="at most 512"):
+        Adapter(both[0].model, both[0].tokenizer, context=513)
