@@ -107,7 +107,10 @@ def test_rolling(both, asked):
 
 
 options = st.fixed_dictionaries(
-    {"until": st.sampled_from([[], ["a"], ["\n", "e"], ["th", " r"], "i"]), "max_gen_toks": st.sampled_from([1, 7, 20])},
+    {
+        "until": st.sampled_from([[], ["a"], ["\n", "e"], ["th", " r"], "i"]),
+        "max_gen_toks": st.sampled_from([1, 7, 20]),
+    },
     optional={"do_sample": st.just(False), "temperature": st.just(0.0)},
 )
 

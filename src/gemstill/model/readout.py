@@ -136,10 +136,15 @@ class Scores:
             raw = product(x[part], head, spare[: part.stop - part.start])
             asked = ((self.rows >= part.start) & (self.rows < part.stop)).nonzero()[:, 0]
             rows, ids = self.rows[asked] - part.start, self.ids[asked]
-            best = raw.argmax(1)
-            z, z_best = cap(raw[rows, ids])[0], cap(raw.gather(1, best[:, None]))[0]
-            one = Sparse(best[:, None], torch.ones_like(best[:, None], dtype=wide(x.dtype)), None, 1, cap, False)
-            # The loss of the likeliest token: what it lacks of the log of the sum of all exponentials.
-            lse = one.consume(raw, slice(0, len(raw)), one.probs[:, 0], False, None) + z_best[:, 0]
-            logprobs[asked], likeliest[asked] = (z - lse[rows]).cpu(), (best[rows] == ids).cpu()
+            z, greatest = cap(raw[rows, ids])[0], raw.amax(1)
+            some = torch.zeros_like(greatest, dtype=torch.int64)[:, None]
+            one = Sparse(some, torch.ones_like(some, dtype=wide(x.dtype)), None, 1, cap, False)
+            # What any one token lacks of the log of the sum of all exponentials is its loss.
+            lse = one.consume(raw, slice(0, len(raw)), one.probs[:, 0], False, None) + cap(raw[:, 0])[0]
+            logprobs[asked] = (z - lse[rows]).cpu()
+            great = (raw[rows, ids] == greatest[rows]).nonzero()[:, 0]
+            likeliest[asked] = False
+            for number, row, id in zip(great.tolist(), rows[great].tolist(), ids[great].tolist(), strict=True):
+                # Of several that are equal the first; argmax over all takes longer than the logits themselves.
+                likeliest[asked[number]] = not bool((raw[row, :id] == greatest[row]).any())
         return logprobs, likeliest
