@@ -141,7 +141,7 @@ MESSAGES = [
 
 
 def test_chats_are_laid_out_as_the_template_says(both):
-    ours, theirs = both
+    ours = both[0]
     for messages in (MESSAGES[:1], MESSAGES):
         prompt = ours.apply_chat_template(messages)
         assert ours.tok_encode(prompt) == encode_turns(ours.tokenizer, messages)
