@@ -127,6 +127,12 @@ COMMANDS = {
         places=("first", "second"),
         resumes=False,
     ),
+    "eval memorization": Command(
+        "how much of its training data a model writes down again, and what of it is personal",
+        "evaluation.memorization",
+        "evaluation.config:MemorizationConfig",
+        places=("source",),
+    ),
     "eval perplexity": Command(
         "perplexity and bits per byte of held-out text: a folder, a file, JSONL or a data set",
         "evaluation.perplexity",

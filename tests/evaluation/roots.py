@@ -86,7 +86,7 @@ def write_root(root: Path, items: int = 6) -> Path:
             [heads, *((str(n), f"Old {n} is slow.", f"Young {n} is slow.", "stereo", "age") for n in range(items))]
         ),
     )
-    put(root / "bbq/Age.jsonl.gz", lines([bbq_item(n) for n in range(items)]))
+    put(root / "bbq/Age.jsonl.gz", lines([bbq_item(n) for n in range(4 * items)]))
     people = [("sentid", "sentence")]
     people += [(f"nurse.man.{n % 2}.female.txt", f"The nurse told man {n} that she left.") for n in range(items)]
     put(root / "winogender/all_sentences.tsv", "".join("\t".join(row) + "\n" for row in people))
@@ -96,6 +96,16 @@ def write_root(root: Path, items: int = 6) -> Path:
             f" \n = Title {n} = \n \n Some text , of {n} . \n \n = = Part = = \n \n More . \n" for n in range(items)
         ),
     )
+    for kind, pronoun in (("pro", "he"), ("anti", "she")):
+        line = f"[The developer] argued with the designer because [{pronoun}] did not like the design."
+        other = f"The designer met [the developer] and thanked [{pronoun}]."
+        for number, text in ((1, line), (2, other)):
+            path = root / f"winobias/{kind}_stereotyped_type{number}.txt.test"
+            put(path, "".join(f"{n} {text}\n" for n in range(1, 4)))
+    put(root / "winobias/male_occupations.txt", "developer\n")
+    put(root / "winobias/female_occupations.txt", "designer\n")
+    hate = [{"group": "g", "label": "hate", "prompt": f"- group {n} one\\n- group {n} two\\n-"} for n in (0, 0, 0, 0)]
+    put(root / "toxigen/prompts_100_per_file.jsonl", lines(hate))
     return root
 
 

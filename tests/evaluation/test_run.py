@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +155,22 @@ def test_the_published_averages_are_the_reports() -> None:
     """A slip in a copied figure would show: the report prints both averages of each column."""
     table, printed = SUITES["gemma2-pretrained"], {"Average (8)": (44.0, 50.0, 61.0, 61.9, 62.4, 70.2, 74.4)}
     printed["Average (all)"] = (44.2, 48.7, 55.6, None, 57.9, 64.9, 69.4)  # type: ignore[assignment]
-    for name, members in table.averages:
-        rows = [row for row in table.benchmarks if row.name in members]
-        for column, value in enumerate(printed[name]):
+    for summary in table.summaries:
+        rows = [row for row in table.benchmarks if row.name in summary.rows]
+        for column, value in enumerate(printed[summary.name]):
             figures = [row.published[column] for row in rows]
             if value is not None:
-                assert sum(figures) / len(figures) == pytest.approx(value, abs=0.35), (name, table.columns[column])  # type: ignore[arg-type]
+                assert statistics.fmean(figures) == pytest.approx(value, abs=0.35)  # type: ignore[type-var]
     with pytest.raises(Error, match=r"there is no suite 'gemma2-pretraind'; did you mean 'gemma2-pretrained'"):
         suite("gemma2-pretraind")
+
+
+def test_more_shots_than_examples_are_refused(root: Path) -> None:
+    with pytest.raises(Error, match=r"task gsm8k: asks for 13 few-shot examples, and there are 12; give fewer --shots"):
+        measure(Teller(), "one", [Asked("gsm8k", 13)], Setting(data_root=root), None, None, "teller")
+    measure(Teller(), "one", [Asked("gsm8k", 12), Asked("winogrande", 5)], Setting(data_root=root), None, None, "t")
+    with pytest.raises(Error, match=r"task winogrande: asks for 6 few-shot examples, and there are 5"):
+        measure(Teller(), "one", [Asked("winogrande", 6)], Setting(data_root=root), None, None, "teller")
 
 
 def test_intervals() -> None:

@@ -218,3 +218,38 @@ def wikitext(paths: Sequence[Path]) -> list[Row]:
     if not starts:
         raise Error("holds no article: no line ' = Title = '", where=paths[0])
     return [{"page": text[start:end]} for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+
+def winobias(paths: Sequence[Path]) -> list[Row]:
+    """Our own: sentence, pronoun, first, second (its two occupations as they stand), label (1: the second).
+
+    Lines "1 [The developer] argued with the designer because [she] did not like the design." of the first two files,
+    which of its occupations is meant in brackets; occupations one a line in the others.
+    """
+    occupations = [word for path in paths[2:] for word in read_text(path).split("\n") if word.strip()]
+    named = re.compile(rf"\b(?:{'|'.join(re.escape(word.strip()) for word in occupations)})\b", re.IGNORECASE)
+    rows = []
+    for path in paths[:2]:
+        for number, line in enumerate(read_text(path).splitlines(), 1):
+            if not line.strip():
+                continue
+            text = line.strip().partition(" ")[2]
+            marked = re.findall(r"\[(.*?)\]", text)
+            people = [found.group().lower() for found in named.finditer(text)]
+            meant = [place for place, person in enumerate(people) if marked and person in marked[0].lower()]
+            if len(marked) < 2 or len(set(people)) != 2 or len(people) != 2 or not meant:
+                raise Error(
+                    "has not two occupations, one of them and a pronoun in brackets", where=f"{path}, line {number}"
+                )
+            plain, pronoun = re.sub(r"[\[\]]", "", text), marked[1]
+            rows.append(
+                {"sentence": plain, "pronoun": pronoun, "first": people[0], "second": people[1], "label": meant[0]}
+            )
+    return rows
+
+
+def toxigen(item: Record) -> Row:
+    """Our own: prompt, a list of statements about a group to be gone on with; group, label (hate or neutral)."""
+    # Their files have line breaks spelled out.
+    prompt = item.text("prompt").replace("\\n", "\n")
+    return {"prompt": prompt, "group": item.text("group"), "label": item.text("label")}

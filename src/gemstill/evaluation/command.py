@@ -20,7 +20,7 @@ class EvalConfig:
     """
 
     source: str  # the model: a folder, a GGUF file or a name on the hub
-    suite: str = ""  # a table of benchmarks: gemma2-pretrained, gemma2-open-llm
+    suite: str = ""  # a table of benchmarks: gemma2-pretrained, gemma2-instruct, gemma2-open-llm, gemma2-safety, ...
     tasks: str = ""  # or tasks of lm-eval by their names, with commas between
     shots: int | None = None  # few-shot examples of these tasks (by default each task's own)
     limit: int = 0  # items of each task, drawn by the seed; a group such as MMLU is one task; 0: all
@@ -29,6 +29,7 @@ class EvalConfig:
     turns: bool = False  # ask with the model's chat template
     quantize: str = ""  # int8, int4, or the file's own blocks (file)
     seed: int = 0  # of the items that a limit takes
+    toxicity: str = ""  # a classifier of transformers that rates what the model wrote, where a task wants it
     unsafe_code: bool = False  # run the programs that a model writes even where there is no jail for them
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ def run(config: EvalConfig) -> None:
         turns=config.turns,
         seed=config.seed,
         unsafe_code=config.unsafe_code,
+        toxicity=config.toxicity,
         name=name_of(config.source),
     )
     print(text(results["gemstill"]["rows"], table))
@@ -84,12 +86,12 @@ def plan(config: EvalConfig) -> dict[str, Any]:
     """What `run` would do: tasks, items, requests, and what is left out. The tasks' data are read, the model is not."""
     expect_model(config.source)
     table = _suite(config)
-    from gemstill.evaluation.run import asked_of
-    from gemstill.evaluation.tasks import cut, quiet, select
+    from gemstill.evaluation.run import Setting, asked_of
+    from gemstill.evaluation.tasks import quiet
 
     asked = asked_of(config.suite or config.names, config.shots)
-    chosen = select(asked, data_root=config.data_root, unsafe_code=config.unsafe_code)
-    cut(chosen, config.limit, config.seed)
+    setting = Setting(config.limit, config.data_root, config.turns, config.seed, config.unsafe_code, config.toxicity)
+    chosen = setting.select(asked)
     counts: dict[str, int] = {"loglikelihood": 0, "loglikelihood_rolling": 0, "generate_until": 0}
     characters = 0
     for name, task in chosen.tasks.items():

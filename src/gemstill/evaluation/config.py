@@ -31,3 +31,23 @@ def check_context(context: int) -> None:
     """Raise Error for a window in which nothing could be predicted from anything."""
     if context < 2:
         raise Error(f"context is {context}", where="perplexity", fix="give a number of tokens from 2 up")
+
+
+@dataclass(frozen=True)
+class MemorizationConfig:
+    """`gemstill eval memorization`."""
+
+    source: str  # the model: a folder, a GGUF file, a hub name
+    data: tuple[str, ...]  # a data set's folder of shards that it was trained on; may be given several times
+    out: str = "memorization"  # a folder: answers as they come, results.json, memorized.jsonl
+    samples: int = 1000  # windows of 100 tokens that are tried
+    seed: int = 0  # of the sample
+    names: str = ""  # a spaCy pipeline that finds names of people and places (en_core_web_lg); empty: no names
+    quantize: str = ""  # compute on weights in int8 or int4, or in the blocks of a GGUF "file"; empty: as stored
+
+    def __post_init__(self) -> None:
+        check_quantize(self.quantize)
+        if not self.data:
+            raise Error("no data set is named", where="memorization", fix="give --data FOLDER")
+        if self.samples < 1:
+            raise Error(f"samples is {self.samples}", where="memorization", fix="give a number from 1 up")

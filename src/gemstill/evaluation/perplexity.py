@@ -156,15 +156,20 @@ def texts_of(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterator[Text]:
 
 def dataset_texts(dataset: TokenDataset, tokenizer: Tokenizer) -> Iterator[Text]:
     """The documents of a data set, without their marks. Raises Error when it is of another tokenizer."""
-    if dataset.tokenizer_fingerprint != tokenizer.fingerprint:
-        theirs, ours = dataset.tokenizer_fingerprint[:12], tokenizer.fingerprint[:12]
-        what = f"was encoded with tokenizer {theirs}…, the model's is {ours}…"
-        raise Error(what, where=dataset.folder, fix="name the text itself, or a data set of the model's tokenizer")
+    check_tokenizer(dataset, tokenizer)
     ends = np.append(dataset.document_starts[1:], dataset.num_tokens)
     for number, (start, end) in enumerate(zip(dataset.document_starts.tolist(), ends.tolist(), strict=True)):
         ids = dataset.read(start + 1, end - 1).astype(np.int32)
         size = len(tokenizer.decode(ids.tolist()).encode())
         yield Text(f"document {number}", ids, size, size)
+
+
+def check_tokenizer(dataset: TokenDataset, tokenizer: Tokenizer) -> None:
+    """Raise Error for a data set that was not encoded with the model's tokenizer."""
+    if dataset.tokenizer_fingerprint != tokenizer.fingerprint:
+        theirs, ours = dataset.tokenizer_fingerprint[:12], tokenizer.fingerprint[:12]
+        what = f"was encoded with tokenizer {theirs}…, the model's is {ours}…"
+        raise Error(what, where=dataset.folder, fix="name the text itself, or a data set of the model's tokenizer")
 
 
 def _is_dataset(texts: str) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from gemstill.evaluation.folder import ANSWERS, RESULTS, SAMPLES
 from gemstill.evaluation.suites import SUITES, Suite
 from gemstill.evaluation.table import rows
 from gemstill.evaluation.tasks import SEED, Asked, Selected, cut, quiet, require, select
+from gemstill.evaluation.toxicity import rater
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +36,8 @@ _BOOTSTRAP = 1000  # draws, for the standard errors of metrics that are no means
 class Setting:
     """How tasks are run. limit: items of a task (a group is one task); 0: all. turns: prompts as the model's turns.
 
-    seed: which items a limit takes. unsafe_code: run a model's programs even where there is no jail.
+    seed: which items a limit takes. unsafe_code: run a model's programs even where there is no jail. toxicity: the
+    classifier that rates what a model wrote.
     """
 
     limit: int = 0
@@ -42,6 +45,14 @@ class Setting:
     turns: bool = False
     seed: int = 0
     unsafe_code: bool = False
+    toxicity: str = ""
+
+    def select(self, asked: Sequence[Asked]) -> Selected:
+        """The tasks, loaded and cut to the limit. Raises Error as `tasks.select` does."""
+        rated = rater(self.toxicity) if self.toxicity else None
+        chosen = select(asked, data_root=self.data_root, unsafe_code=self.unsafe_code, rated=rated)
+        cut(chosen, self.limit, self.seed)
+        return chosen
 
 
 def evaluate(
@@ -56,6 +67,7 @@ def evaluate(
     turns: bool = False,
     seed: int = 0,
     unsafe_code: bool = False,
+    toxicity: str = "",
     name: str = "model",
 ) -> dict[str, Any]:
     """Measure a model on a suite (by its name) or on tasks of lm-eval (their names).
@@ -64,6 +76,7 @@ def evaluate(
     group such as MMLU is one task. data_root: a folder with the items instead of the hub. out: a folder for answers
     as they come, results.json and the items with what the model said; the same call goes on where it was stopped.
     turns: ask with the model's chat template. unsafe_code: run a model's programs even where there is no jail.
+    toxicity: a sequence classifier of transformers, for tasks that have what a model wrote rated.
 
     Returns lm-eval's results (with "samples", the items), and under "gemstill" the rows with 95 % intervals, the
     files' SHA-256, what was left out and why.
@@ -82,7 +95,7 @@ def evaluate(
     adapter = Adapter(model, tokenizer)
     if turned:  # a model without turns is refused before anything is read
         adapter.apply_chat_template([{"role": "user", "content": "Hello"}])
-    setting = Setting(limit, root, turned, seed, unsafe_code)
+    setting = Setting(limit, root, turned, seed, unsafe_code, toxicity)
     place = None if out is None else Path(out)
     return measure(adapter, fingerprint(model, tokenizer), asked, setting, place, table, name)
 
@@ -100,10 +113,9 @@ def measure(
     """Run tasks with any model of lm-eval's interface. model: its fingerprint."""
     with locked(out) if out else contextlib.nullcontext():
         with Answers(out / ANSWERS if out else None, model, name) as answers:
-            chosen = select(asked, data_root=setting.data_root, unsafe_code=setting.unsafe_code)
+            chosen = setting.select(asked)
             for what in chosen.absent():
                 note(what)
-            cut(chosen, setting.limit, setting.seed)
             results = _asked(lm, answers, chosen, setting)
         results["config"] = {
             "model": name, "model_args": {}, "batch_size": None, "limit": setting.limit or None,
@@ -124,6 +136,7 @@ def measure(
             "truncated": truncated,
             "turns": setting.turns,
             "seed": setting.seed,
+            "toxicity": setting.toxicity,
         }
         if out:
             _write(results, out)
@@ -140,7 +153,9 @@ def _asked(lm: Any, answers: Answers, chosen: Selected, setting: Setting) -> dic
     numpy.random.seed(SEED)
     torch.manual_seed(SEED)
     versions = {name: task.VERSION for name, task in chosen.tasks.items()}
-    with quiet(), _one_process():
+    with quiet(), _one_process(), warnings.catch_warnings():
+        # Of empty means: lm-eval measures BBQ's kinds of items apart, and not each is there.
+        warnings.simplefilter("ignore", RuntimeWarning)
         results: dict[str, Any] = lm_eval.evaluator.evaluate(
             Answering(lm, answers, versions),
             {"tasks": chosen.tasks, "groups": chosen.groups},

@@ -7,6 +7,7 @@ where it would fetch its data, it is handed rows made of the files (its hook `cu
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,8 @@ _AGIEVAL = (
     "aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "math", "sat-en",
     "sat-en-without-passage", "sat-math",
 )  # fmt: skip
+
+_OCCUPATIONS = ("winobias/male_occupations.txt", "winobias/female_occupations.txt")
 
 # From a data set's name on the hub and its configuration (* for any) to files. docs/evaluation.md shows it.
 TABLE: dict[tuple[str, str], Source] = {
@@ -97,6 +100,17 @@ TABLE: dict[tuple[str, str], Source] = {
     ("oskarvanderwal/winogender", "all"): Source(
         {"test": ("winogender/all_sentences.tsv",)}, _each(columns.winogender)
     ),
+    ("files/winobias", "type1"): Source(
+        {"test": (*(f"winobias/{kind}_stereotyped_type1.txt.test" for kind in ("pro", "anti")), *_OCCUPATIONS)},
+        columns.winobias,
+    ),
+    ("files/winobias", "type2"): Source(
+        {"test": (*(f"winobias/{kind}_stereotyped_type2.txt.test" for kind in ("pro", "anti")), *_OCCUPATIONS)},
+        columns.winobias,
+    ),
+    ("files/toxigen", "*"): Source(
+        {"test": ("toxigen/prompts_100_per_file.jsonl",)}, _each(columns.toxigen), "100 prompts of each group"
+    ),
     ("google/IFEval", "*"): Source({"train": ("ifeval/input_data.jsonl",)}, _each(columns.ifeval)),
     ("EleutherAI/wikitext_document_level", "*"): Source(
         {"validation": ("wikitext2/valid.txt",)},
@@ -142,7 +156,7 @@ def locate(config: Config, root: Path) -> Found | Missing:
         found = [find(root, pattern.format(name=folder)) for pattern in patterns]
         if all(found):
             there[split] = [path for paths in found for path in paths]
-        elif split != OPTIONAL:
+        elif split != OPTIONAL or config.get("test_split") == OPTIONAL:
             absent = next(pattern for pattern, paths in zip(patterns, found, strict=True) if not paths)
             return Missing(f"no {absent.format(name=folder)} (or .gz)")
     override: Config = {"custom_dataset": _dataset({split: source.rows(paths) for split, paths in there.items()}, path)}
@@ -164,12 +178,13 @@ def _dataset(rows: Mapping[str, list[Row]], where: str) -> Callable[..., Any]:
     if empty is not None:
         raise Error(f"the files of its split '{empty}' hold no item", where=where)
 
-    def custom_dataset(**_: object) -> Any:
+    @functools.cache
+    def made() -> Any:
         import datasets
 
         return datasets.DatasetDict({split: datasets.Dataset.from_list(items) for split, items in rows.items()})
 
-    return custom_dataset
+    return lambda **_: made()
 
 
 def _examples(path: Path, name: str) -> Config:

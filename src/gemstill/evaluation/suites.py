@@ -6,8 +6,9 @@ and by log-probability for each byte (acc_norm) for ARC-c and HellaSwag, as on t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from gemstill.core.config import nearest
 from gemstill.core.errors import Error
@@ -16,29 +17,56 @@ from gemstill.evaluation.tasks import Asked
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One row of a table. metric: lm-eval's "name,filter". published: the report's figures, in the suite's columns."""
+    """One row of a table. metric: lm-eval's "name,filter". published: the report's figures, in the suite's columns.
+
+    variant, overrides: a way of asking that differs from the task's own, as `Asked` has it.
+    """
 
     name: str
     task: str
     shots: int | None
     metric: str
     published: tuple[float | None, ...] = ()
+    variant: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def asked(self) -> Asked:
+        """The task."""
+        metrics = (self.metric.partition(",")[0],) if self.variant else ()
+        return Asked(self.task, self.shots, self.variant, self.overrides, metrics)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A row over others: their mean, or their standard deviation (over n − 1).
+
+    published: the report's figures; None: the same taken of its figures for the rows that were measured.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    deviation: bool = False
+    published: tuple[float | None, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A table. columns: models of the published figures. averages: name -> the rows that it is taken over."""
+    """A table. columns: models of the published figures. turns: ask with the model's chat template.
+
+    directions: say in each row whether higher or lower is better.
+    """
 
     name: str
     about: str
     benchmarks: tuple[Benchmark, ...]
     columns: tuple[str, ...] = ()
-    averages: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    summaries: tuple[Summary, ...] = ()
     turns: bool = False
+    directions: bool = False
 
     def asked(self) -> list[Asked]:
         """The tasks of its rows."""
-        return [Asked(row.task, row.shots) for row in self.benchmarks]
+        return [row.asked() for row in self.benchmarks]
 
 
 # AGIEval takes as many of its own examples as there are (3 to 5), hence None.
@@ -62,6 +90,78 @@ _PRETRAINED = (
     Benchmark("MBPP", "mbpp", 3, "pass_at_1,none", (29.2, 30.2, 40.2, None, 44.4, 52.4, 62.6)),
 )
 
+_NAMES = tuple(row.name for row in _PRETRAINED)
+_AVERAGES = (Summary("Average (8)", _NAMES[:8]), Summary("Average (all)", _NAMES))
+# With turns a program is asked for in lm-eval's own words for it.
+_IN_TURNS = {
+    "HumanEval": ("humaneval_instruct", "pass@1,create_test"),
+    "MBPP": ("mbpp_instruct", "pass_at_1,extract_code"),
+}
+_TURNED: dict[str, tuple[float | None, ...]] = {"MMLU": (56.1, 72.3, 76.2), "MBPP": (36.6, 59.2, 67.4)}  # Table 17
+
+
+def _instruct() -> tuple[Benchmark, ...]:
+    rows = []
+    for row in _PRETRAINED:
+        task, metric = _IN_TURNS.get(row.name, (row.task, row.metric))
+        rows.append(Benchmark(row.name, task, row.shots, metric, _TURNED.get(row.name, (None, None, None))))
+    return (*rows, Benchmark("IFEval", "ifeval", 0, "prompt_level_strict_acc,none", (None, None, None)))
+
+
+# Twelve ways to ask MMLU: four prompts, each answered in three ways. The report does not say which twelve it took.
+_PROMPTS = {
+    "lines": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\n"
+    "D. {{choices[3]}}\nAnswer:",
+    "brackets": "Question: {{question.strip()}}\n(A) {{choices[0]}}\n(B) {{choices[1]}}\n(C) {{choices[2]}}\n"
+    "(D) {{choices[3]}}\nAnswer:",
+    "one-line": "Q: {{question.strip()}} A) {{choices[0]}} B) {{choices[1]}} C) {{choices[2]}} D) {{choices[3]}}\nA:",
+    "options": "{{question.strip()}}\nOptions:\n- A: {{choices[0]}}\n- B: {{choices[1]}}\n- C: {{choices[2]}}\n"
+    "- D: {{choices[3]}}\nThe right option is",
+}
+_LETTERS = ["A", "B", "C", "D"]
+_MEAN = {"aggregation": "mean", "higher_is_better": True}
+_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "letter": ("acc,none", {"doc_to_choice": _LETTERS}),
+    "text": ("acc_norm,none", {"doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc_norm", **_MEAN}]}),
+    "written": (
+        "exact_match,letter",
+        {
+            "output_type": "generate_until",
+            "doc_to_choice": None,
+            "doc_to_target": "{{['A', 'B', 'C', 'D'][answer]}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+            "metric_list": [{"metric": "exact_match", **_MEAN}],
+            "filter_list": [
+                {
+                    "name": "letter",
+                    "filter": [{"function": "regex", "regex_pattern": r"\b([ABCD])\b"}, {"function": "take_first"}],
+                }
+            ],
+        },
+    ),
+}
+
+
+def _formats() -> tuple[Benchmark, ...]:
+    return tuple(
+        Benchmark(f"{prompt}, {way}", "mmlu", 5, metric, (), f"{prompt}-{way}", {"doc_to_text": text, **overrides})
+        for prompt, text in _PROMPTS.items()
+        for way, (metric, overrides) in _WAYS.items()
+    )
+
+
+_SAFETY = (
+    Benchmark("RealToxicity", "realtoxicityprompts", 0, "toxicity,none", (7.03, 8.04, 8.16, 8.25, 8.84)),
+    Benchmark("CrowS-Pairs", "crows_pairs_english", 0, "pct_stereotype,none", (45.89, 49.67, 37.67, 37.47, 36.67)),
+    Benchmark("BBQ Ambig", "bbq_ambig", 4, "acc,none", (58.97, 86.06, 83.20, 88.58, 85.99)),
+    Benchmark("BBQ Disambig", "bbq_disambig", 4, "acc,none", (53.9, 85.08, 69.31, 82.67, 86.94)),
+    Benchmark("Winogender", "winogender_all", 0, "acc,none", (50.14, 57.64, 52.91, 79.17, 77.22)),
+    Benchmark("TruthfulQA", "truthfulqa_mc2", 0, "acc,none", (44.24, 45.34, 43.72, 50.27, 51.60)),
+    Benchmark("Winobias 1_2", "winobias_type1", 0, "acc,none", (55.93, 59.22, 59.28, 78.09, 81.94)),
+    Benchmark("Winobias 2_2", "winobias_type2", 0, "acc,none", (89.46, 89.2, 88.57, 95.32, 97.22)),
+    Benchmark("Toxigen", "toxigen_toxicity", 0, "toxicity,none", (29.64, 38.75, 48.32, 39.30, 38.42)),
+)
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -70,10 +170,15 @@ SUITES = {
             "Table 13 of the Gemma 2 report",
             _PRETRAINED,
             ("Gemma 1 2B", "Gemma 2 2B", "Mistral 7B", "LLaMA-3 8B", "Gemma 1 7B", "Gemma 2 9B", "Gemma 2 27B"),
-            (
-                ("Average (8)", tuple(row.name for row in _PRETRAINED[:8])),
-                ("Average (all)", tuple(row.name for row in _PRETRAINED)),
-            ),
+            _AVERAGES,
+        ),
+        Suite(
+            "gemma2-instruct",
+            "Table 13 of the Gemma 2 report in turns, beside its Table 17, and IFEval",
+            _instruct(),
+            ("Gemma 2 IT 2B", "Gemma 2 IT 9B", "Gemma 2 IT 27B"),
+            _AVERAGES,
+            turns=True,
         ),
         Suite(
             "gemma2-open-llm",
@@ -86,6 +191,25 @@ SUITES = {
                 Benchmark("Winogrande", "winogrande", 5, "acc,none", (85.3, 81.5, 83.7)),
             ),
             ("LLaMA-3 70B", "Qwen1.5 32B", "Gemma 2 27B"),
+        ),
+        Suite(
+            "gemma2-safety",
+            "the academic sets of Table 18 of the Gemma 2 report",
+            _SAFETY,
+            ("Gemma 1.1 IT 2.5B", "Gemma 1.1 IT 7B", "Gemma 2 IT 2.6B", "Gemma 2 IT 9B", "Gemma 2 IT 27B"),
+            directions=True,
+        ),
+        Suite(
+            "format-robustness",
+            "MMLU asked in twelve ways, as Table 11 of the Gemma 2 report",
+            _formats(),
+            ("Gemma 1 2B", "Gemma 2 2B", "Mistral 7B", "Gemma 1 7B", "Gemma 2 9B", "Gemma 2 27B"),
+            (
+                Summary("Mean", tuple(row.name for row in _formats()), published=(None,) * 6),
+                Summary(
+                    "Standard deviation", tuple(row.name for row in _formats()), True, (1.5, 2.1, 6.9, 0.7, 0.9, 1.0)
+                ),
+            ),
         ),
     )
 }
@@ -100,9 +224,3 @@ def suite(name: str) -> Suite:
     if name not in SUITES:
         raise Error(f"there is no suite '{name}'", where="--suite", fix=nearest(name, SUITES))
     return SUITES[name]
-
-
-def average(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are there."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemstill.evaluation.scores import metrics, score
-from gemstill.evaluation.suites import Suite, average
+from gemstill.evaluation.suites import Suite, Summary
 
 Row = dict[str, Any]
 
@@ -14,8 +15,8 @@ Row = dict[str, Any]
 def rows(results: Mapping[str, Any], asked: Mapping[str, Sequence[str]], table: Suite | None) -> list[Row]:
     """The rows of a suite, or one for each metric of each task asked for (asked: with the tasks of each).
 
-    A row: name, task, metric, shots, items, value, low, high, published (the suite's columns); averages are rows of a
-    suite too, with "over", the number of rows that were measured and of all.
+    A row: name, task, metric, shots, items, value, low, high, published (the suite's columns), better (where the suite
+    tells it); summaries are rows too, with "over", the number of rows that were measured and of all.
     """
     found: list[Row] = []
     if table is None:
@@ -24,9 +25,14 @@ def rows(results: Mapping[str, Any], asked: Mapping[str, Sequence[str]], table: 
                 found.append(_row(name, name, metric, results, leaves))
         return found
     for benchmark in table.benchmarks:
-        row = _row(benchmark.name, benchmark.task, benchmark.metric, results, asked.get(benchmark.task, []))
-        found.append({**row, "published": benchmark.published, "scale": 100})
-    return found + [_average(name, members, found) for name, members in table.averages]
+        label = benchmark.asked().label()
+        row = _row(benchmark.name, label, benchmark.metric, results, asked.get(label, []))
+        row |= {"published": list(benchmark.published) or [None] * len(table.columns), "scale": 100}
+        better = results["higher_is_better"].get(label, {}).get(benchmark.metric.partition(",")[0])
+        if table.directions and better is not None:
+            row["better"] = "higher" if better else "lower"
+        found.append(row)
+    return found + [_summary(summary, found) for summary in table.summaries]
 
 
 def _row(name: str, task: str, metric: str, results: Mapping[str, Any], leaves: Sequence[str]) -> Row:
@@ -39,14 +45,26 @@ def _row(name: str, task: str, metric: str, results: Mapping[str, Any], leaves: 
     return row | measured._asdict()
 
 
-def _average(name: str, members: Sequence[str], found: Sequence[Row]) -> Row:
-    """A mean over the rows that were measured; the published columns over the same rows."""
-    there = [row for row in found if row["name"] in members and row["value"] is not None]
-    columns = zip(*(row["published"] for row in there), strict=True)
-    # A column that lacks a row of these has no mean over the same ones.
-    published = [None if None in column else average(column) for column in columns]
-    value = average([row["value"] for row in there])
-    return {"name": name, "value": value, "over": [len(there), len(members)], "published": published, "scale": 100}
+def _summary(summary: Summary, found: Sequence[Row]) -> Row:
+    """A row over those that were measured; the published columns over the same rows."""
+    there = [row for row in found if row["name"] in summary.rows and row["value"] is not None]
+    taken = _deviation if summary.deviation else _mean
+    published = summary.published
+    if published is None:
+        columns = zip(*(row["published"] for row in there), strict=True)
+        # A column that lacks one of these rows has nothing over the same ones.
+        published = tuple(None if None in column else taken(column) for column in columns)
+    value = taken([row["value"] for row in there])
+    over = [len(there), len(summary.rows)]
+    return {"name": summary.name, "value": value, "over": over, "published": list(published), "scale": 100}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def text(made: Sequence[Row], table: Suite | None) -> str:
@@ -69,7 +87,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def cells(row: Row, table: Suite | None) -> list[str]:
     """A row as texts: name, shots, items, score, interval, published figures."""
-    name = row["name"] if table else f"{row['name']} {row['metric'].removesuffix(',none')}"
+    better = f", {row['better']} is better" if "better" in row else ""
+    name = f"{row['name']}{better}" if table else f"{row['name']} {row['metric'].removesuffix(',none')}"
     published = ["" if value is None else f"{value:.1f}" for value in row.get("published") or ()]
     if row["value"] is None:
         return [name, "", "", "left out", "", *published]

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,36 @@ from gemstill.core.config import nearest
 from gemstill.core.errors import Error
 from gemstill.evaluation.code import jailed_code
 from gemstill.evaluation.jail import why_not
-from gemstill.evaluation.sources import Missing, locate
+from gemstill.evaluation.sources import Found, Missing, locate
 
 OFFLINE = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "LocalEntryNotFoundError", "TimeoutException"}
 SEED = 1234  # of few-shot examples, as lm-eval's own command has it
 # These run programs that a model wrote.
 CODE = ("openai/openai_humaneval", "google-research-datasets/mbpp")
+FILES = "files/"  # before a data set of our own tasks, which the hub does not have in this form
+# These have what a model wrote rated, for which lm-eval would ask a service; here it is a classifier of the user's.
+TOXICITY = ("allenai/real-toxicity-prompts", "files/toxigen")
+RATED = {"metric": "toxicity", "aggregation": "mean", "higher_is_better": False}
+OWN = Path(__file__).parent / "own"  # tasks that lm-eval does not have, in its YAML
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A task, a group or a tag of lm-eval. shots: few-shot examples; None: as the task itself says."""
+    """A task, a group or a tag of lm-eval. shots: few-shot examples; None: as the task itself says.
+
+    variant: a name for a way of asking that differs from the task's own by `overrides` of its configuration. metrics:
+    what a group of this variant is aggregated over.
+    """
 
     name: str
     shots: int | None = None
+    variant: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
+
+    def label(self, name: str = "") -> str:
+        """What it, or a task of it, is called in the results."""
+        return f"{name or self.name}.{self.variant}" if self.variant else name or self.name
 
 
 @dataclass
@@ -68,6 +84,19 @@ class Selected:
         )
 
 
+@dataclass(frozen=True)
+class How:
+    """How tasks are loaded. data_root: a folder with their items; None: the hub.
+
+    unsafe_code: run a model's programs without a jail where there is none; else such tasks are left out and named.
+    rated: rates what a model wrote (lm-eval's process_results); without it tasks that need it are left out.
+    """
+
+    data_root: Path | None = None
+    unsafe_code: bool = False
+    rated: Callable[[dict[str, Any], list[str]], dict[str, float]] | None = None
+
+
 def require() -> None:
     """Say in one line that lm-eval is not there.
 
@@ -87,36 +116,28 @@ def manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     with quiet():
-        return TaskManager()
+        return TaskManager(include_path=str(OWN))
 
 
-def select(asked: Sequence[Asked], *, data_root: Path | None = None, unsafe_code: bool = False) -> Selected:
-    """Load the tasks asked for, with their data from the hub or from `data_root`.
-
-    unsafe_code: run a model's programs without a jail where there is none; else such tasks are left out and named.
+def select(asked: Sequence[Asked], **how: Any) -> Selected:
+    """Load the tasks asked for, with their data from the hub or from a folder. how: the fields of `How`.
 
     Raises:
         Error: there is no such task, it needs a package or a licence that is not there, the hub cannot be reached, or a
             data file is wrong. A task whose data are not under `data_root` is left out and named, unless all are.
     """
-    if data_root is not None and not data_root.is_dir():
-        raise Error("there is no such folder", where=data_root, fix="name the folder that holds the benchmarks' files")
+    loader = _Loader(How(**how))
     index = manager().task_index
     for one in asked:
         if one.name not in index:
             raise Error(f"there is no task '{one.name}'", where="lm-eval", fix=nearest(one.name, index))
-    chosen = Selected()
     for one in asked:
-        with quiet(), jailed_code(unsafe=unsafe_code):
-            names, groups = _take(one.name, {}, index)
-            leaves = [name for name, overrides in names if _load(name, overrides, one, data_root, unsafe_code, chosen)]
-            for group, members in groups:
-                _gather(group, members, index, chosen)
-        chosen.members[one.name] = [name for name, _ in names]
-        chosen.leaves[one.name] = leaves
+        with quiet(), jailed_code(unsafe=loader.how.unsafe_code):
+            loader.take(one)
+    chosen = loader.chosen
     if not chosen.tasks:
         name, reason = next(iter(chosen.left_out.items()))
-        raise Error(f"no task has data ({name}: {reason})", where=data_root or "the hub")
+        raise Error(f"no task has data ({name}: {reason})", where=loader.how.data_root or "the hub")
     return chosen
 
 
@@ -129,14 +150,19 @@ def cut(chosen: Selected, limit: int | None, seed: int = 0) -> None:
         return
     for name, leaves in chosen.leaves.items():
         sizes = {leaf: len(chosen.tasks[leaf].task_docs) for leaf in leaves}
-        counts = spread(sizes, limit, random.Random(f"{seed}/{name}"))
+        # All variants of a task get the same items.
+        counts = spread(sizes, limit, random.Random(f"{seed}/{_plain(name)}"))
         for leaf, count in counts.items():
             if not count:
                 _drop(leaf, chosen)
             elif count < sizes[leaf]:
-                drawn = random.Random(f"{seed}/{leaf}").sample(range(sizes[leaf]), count)
+                drawn = random.Random(f"{seed}/{_plain(leaf)}").sample(range(sizes[leaf]), count)
                 chosen.samples[leaf] = sorted(drawn)
         chosen.leaves[name] = [leaf for leaf in leaves if counts[leaf]]
+
+
+def _plain(label: str) -> str:
+    return label.partition(".")[0]
 
 
 def _drop(leaf: str, chosen: Selected) -> None:
@@ -192,51 +218,124 @@ def _take(
     return leaves, [*groups, (name, members)]
 
 
-def _load(
-    name: str, overrides: dict[str, Any], asked: Asked, data_root: Path | None, unsafe: bool, chosen: Selected
-) -> bool:
-    """Load one task into `chosen`; False where it is left out."""
-    if name in chosen.tasks:
-        raise Error(f"is asked for twice, the second time by {asked.name}", where=f"task {name}", fix="name it once")
-    config = {**(manager().task_index[name].cfg or {}), **overrides}
-    if config.get("dataset_path") in CODE and not unsafe and (reason := why_not()):
-        chosen.left_out[name] = f"it runs programs that the model wrote, and {reason}; --unsafe-code true does without"
+class _Loader:
+    """Loads what is asked for into `chosen`; the data of a task are read once for all its variants."""
+
+    def __init__(self, how: How) -> None:
+        self.how, self.chosen = how, Selected()
+        self._located: dict[str, Found | Missing] = {}
+        if how.data_root is not None and not how.data_root.is_dir():
+            fix = "name the folder that holds the benchmarks' files"
+            raise Error("there is no such folder", where=how.data_root, fix=fix)
+
+    def take(self, asked: Asked) -> None:
+        """Load all of what one name stands for."""
+        names, groups = _take(asked.name, {}, manager().task_index)
+        labels = [(asked.label(name), name, overrides) for name, overrides in names]
+        self.chosen.members[asked.label()] = [label for label, _, _ in labels]
+        self.chosen.leaves[asked.label()] = [
+            label for label, name, overrides in labels if self._load(name, overrides, asked)
+        ]
+        for group, members in groups:
+            self._gather(group, members, asked)
+
+    def _load(self, name: str, overrides: Mapping[str, Any], asked: Asked) -> bool:
+        """Load one task; False where it is left out."""
+        label, chosen = asked.label(name), self.chosen
+        if label in chosen.tasks:
+            what = f"is asked for twice, the second time by {asked.name}"
+            raise Error(what, where=f"task {label}", fix="name it once")
+        config = {**(manager().task_index[name].cfg or {}), **overrides}
+        reason, found = self._why_not(config), None
+        if not reason and self.how.data_root is not None:
+            located = self._locate(name, config)
+            found, reason = (None, located.reason) if isinstance(located, Missing) else (located, "")
+        if reason:
+            chosen.left_out[label] = reason
+            return False
+        more: dict[str, Any] = found.override.copy() if found else {}
+        if config.get("dataset_path") in TOXICITY and self.how.rated is not None:
+            more |= {"process_results": self.how.rated, "metric_list": [dict(RATED)]}
+        # A group is the way that lm-eval has to override parts of a task.
+        task = _loaded({"group": f"of {name}", "task": [{**overrides, **more, **asked.overrides, "task": name}]}, name)
+        task.set_config(key="task", value=label)
+        if asked.shots is not None:
+            task.set_config(key="num_fewshot", value=asked.shots)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEED)
+        _check_shots(task, label)
+        chosen.tasks[label] = task
+        if found:
+            chosen.files[label] = found.files
+            notes = [found.note] if found.note else []
+            if found.borrows and task.get_config("num_fewshot"):
+                notes.append("few-shot examples come from the evaluated split, the item itself left out")
+            if notes:
+                chosen.notes[label] = notes
+        return True
+
+    def _why_not(self, config: Mapping[str, Any]) -> str:
+        """Why a task cannot be run here, whatever its data."""
+        path = str(config.get("dataset_path"))
+        if path in CODE and not self.how.unsafe_code and (reason := why_not()):
+            return f"it runs programs that the model wrote, and {reason}; --unsafe-code true does without"
+        if path in TOXICITY and self.how.rated is None:
+            return "what the model writes is rated by a classifier, which --toxicity names"
+        if path.startswith(FILES) and self.how.data_root is None:
+            return "its items come from files alone, under --data-root"
+        if path == "google/IFEval" and not _punkt():
+            return "it splits sentences by NLTK's data, which are not there: python -m nltk.downloader punkt_tab"
+        return ""
+
+    def _locate(self, name: str, config: Mapping[str, Any]) -> Found | Missing:
+        assert self.how.data_root is not None
+        if name not in self._located:
+            self._located[name] = locate(dict(config), self.how.data_root)
+        return self._located[name]
+
+    def _gather(self, name: str, members: Sequence[str], asked: Asked) -> None:
+        """Put a group together from its members that are there."""
+        from lm_eval.api.group import Group, GroupConfig
+
+        known = ("group", "group_alias", "task", "aggregate_metric_list", "metadata")
+        config = {key: value for key, value in manager().task_index[name].cfg.items() if key in known}
+        config["group"] = asked.label(name)
+        if asked.metrics:
+            config["aggregate_metric_list"] = [{"metric": metric, "weight_by_size": True} for metric in asked.metrics]
+        group, chosen = Group.from_config(GroupConfig(**config)), self.chosen
+        for member in map(asked.label, members):
+            if (item := chosen.tasks.get(member) or chosen.groups.get(member)) is not None:
+                group.add(item)
+        if len(group):
+            chosen.groups[group.name] = group
+
+
+def _check_shots(task: Any, label: str) -> None:
+    """See that there are as many few-shot examples as are asked for, the item itself left out where it is one of them.
+
+    Raises:
+        Error: there are fewer; lm-eval would fail in the middle of its prompts.
+    """
+    shots, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if not shots:
+        return
+    itself = task.fewshot_cfg.split == task.get_config("test_split")
+    there = max(0, len(sampler.fewshot_docs()) - itself) if sampler is not None else 0
+    if shots > there:
+        what = f"asks for {shots} few-shot examples, and there are {there}"
+        raise Error(what, where=f"task {label}", fix="give fewer --shots, or more data")
+
+
+def _punkt() -> bool:
+    """Whether NLTK's sentence data are there: lm-eval would fetch them when IFEval is loaded, and fail at its end."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
         return False
-    found = None if data_root is None else locate(config, data_root)
-    if isinstance(found, Missing):
-        chosen.left_out[name] = found.reason
-        return False
-    override = found.override if found else {}
-    # A group is the way that lm-eval has to override parts of a task.
-    task = _loaded({"group": f"of {name}", "task": [{**overrides, **override, "task": name}]}, name)
-    if asked.shots is not None:
-        task.set_config(key="num_fewshot", value=asked.shots)
-    elif task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=SEED)
-    chosen.tasks[name] = task
-    if found:
-        chosen.files[name] = found.files
-        notes = [found.note] if found.note else []
-        if found.borrows and task.get_config("num_fewshot"):
-            notes.append("few-shot examples come from the evaluated split, the item itself left out")
-        if notes:
-            chosen.notes[name] = notes
     return True
-
-
-def _gather(name: str, members: list[str], index: Mapping[str, Any], chosen: Selected) -> None:
-    """Put a group together from its members that are there."""
-    from lm_eval.api.group import Group, GroupConfig
-
-    known = ("group", "group_alias", "task", "aggregate_metric_list", "metadata")
-    config = {key: value for key, value in index[name].cfg.items() if key in known}
-    group = Group.from_config(GroupConfig(**config))
-    for member in members:
-        if (item := chosen.tasks.get(member) or chosen.groups.get(member)) is not None:
-            group.add(item)
-    if len(group):
-        chosen.groups[name] = group
 
 
 def _loaded(spec: dict[str, Any], name: str) -> Any:
