@@ -68,7 +68,7 @@ def test_a_dry_run_counts_and_asks_nothing(folder: Path, root: Path, tmp_path: P
     assert "suite                       Table 12 of the Gemma 2 report" in printed
     assert "requests                    55" in printed  # 5 × 4 choices twice, 5 × 2, 5 texts
     assert "items                       mmlu 5, gsm8k 5, arc_challenge 5, winogrande 5" in printed
-    assert "hellaswag: left out: Rowan/hellaswag has no place in the layout" in printed
+    assert "hellaswag: left out: no hellaswag/hellaswag_val.jsonl" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -94,7 +94,7 @@ WRONG = {
     ("--tasks", "piqa", "--suite", "gemma2-open-llm"): "eval: needs a suite or tasks, and not both",
     ("--suite", "gemma2-open-llm", "--shots", "2"): "eval: a suite has its own shots; leave --shots out",
     ("--tasks", "piqa", "--limit=-1"): "eval: limit and shots must not be below 0",
-    ("--tasks", "hellaswag"): "no task has data (hellaswag: Rowan/hellaswag has no place in the layout",
+    ("--tasks", "hellaswag"): "no task has data (hellaswag: no hellaswag/hellaswag_val.jsonl",
 }
 
 

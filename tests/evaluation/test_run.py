@@ -127,7 +127,7 @@ def test_what_is_left_out_is_told_in_one_line_for_each_name(root: Path) -> None:
         measure(Teller(), "one", [*TASKS, Asked("hellaswag")], Setting(data_root=root), None, None, "teller")
     assert [str(one.message) for one in told] == [
         "mmlu: 54 of its 57 tasks left out (mmlu_abstract_algebra: no mmlu/dev/abstract_algebra_dev.csv (or .gz))",
-        "hellaswag: left out: Rowan/hellaswag has no place in the layout of a data root",
+        "hellaswag: left out: no hellaswag/hellaswag_val.jsonl (or .gz)",
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from lm_eval.tasks.manager import Entry, Kind
 
 from gemstill.core.errors import Error
 from gemstill.core.files import sha256
@@ -111,13 +112,37 @@ def test_every_file_is_named_with_its_hash(root: Path) -> None:
 
 def test_what_is_not_there_is_left_out_by_name_and_nothing_else_is_an_error(root: Path) -> None:
     chosen = select([Asked("hellaswag"), Asked("arc_easy"), Asked("bbq")], data_root=root)
-    assert chosen.left_out == {"hellaswag": "Rowan/hellaswag has no place in the layout of a data root"}
+    assert chosen.left_out == {"hellaswag": "no hellaswag/hellaswag_val.jsonl (or .gz)"}
     assert list(chosen.tasks) == ["arc_easy", "bbq"]
     assert chosen.leaves["hellaswag"] == []
-    with pytest.raises(Error, match=r"no task has data \(hellaswag: .*layout"):
-        select([Asked("hellaswag")], data_root=root)
+    with pytest.raises(
+        Error, match=r"no task has data \(drop: EleutherAI/drop has no place in the layout of a data root"
+    ):
+        select([Asked("drop")], data_root=root)
     with pytest.raises(Error, match=r"there is no such folder; name the folder"):
         select([Asked("piqa")], data_root=root / "none")
+
+
+def test_published_files_of_sets_that_lie_elsewhere(tmp_path: Path) -> None:
+    """HellaSwag, NQ and MBPP in their makers' formats."""
+    scene = {"ind": 4, "activity_label": "Roof", "ctx_a": "A man climbs.", "ctx_b": "he", "ctx": "A man climbs. he"}
+    endings = ["sings.", "falls.", "sits.", "waits."]
+    put(tmp_path / "hellaswag/hellaswag_val.jsonl", lines([{**scene, "endings": endings, "label": 2}]))
+    put(tmp_path / "nq_open/NQ-open.dev.jsonl", lines([{"question": "who is it", "answer": ["Ann", "Bob"]}]))
+    program = {"text": "Add.", "code": "x", "test_list": ["assert 1", "assert 2", "assert 3"]}
+    put(tmp_path / "mbpp/mbpp.jsonl.gz", lines([{"task_id": n, **program} for n in (2, 11, 510, 511)]))
+    chosen = select([Asked(name) for name in ("hellaswag", "nq_open", "mbpp")], data_root=tmp_path, unsafe_code=True)
+    assert prompts(chosen, "hellaswag")[2] == ("Roof: A man climbs. He", " sits.")
+    assert chosen.tasks["hellaswag"].task_docs[0]["gold"] == 2
+    assert prompts(chosen, "nq_open")[0][0] == "Answer these questions:\n\nQ: who is it?\nA:"
+    assert [doc["task_id"] for doc in chosen.tasks["mbpp"].task_docs] == [11, 510]
+    assert prompts(chosen, "mbpp")[0][0].endswith("pass these tests:\n\nassert 1\nassert 2\nassert 3\n[BEGIN]\n")
+    put(tmp_path / "hellaswag/hellaswag_val.jsonl", lines([{**scene, "endings": endings, "label": 4}]))
+    with pytest.raises(Error, match=r"line 1: has 4 in field 'label', which names none of its endings"):
+        select([Asked("hellaswag")], data_root=tmp_path)
+    put(tmp_path / "mbpp/mbpp.jsonl.gz", lines([{"task_id": 11, **program, "test_list": ["assert 1"]}]))
+    with pytest.raises(Error, match=r"line 1: has fewer than three tests in field 'test_list'"):
+        select([Asked("mbpp")], data_root=tmp_path, unsafe_code=True)
 
 
 def test_few_shot_examples_from_the_evaluated_split_are_told(root: Path) -> None:
@@ -162,6 +187,28 @@ def test_a_package_or_a_licence_that_is_absent_is_named(monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets, "load_dataset", gated)
     with pytest.raises(Error, match=r"cannot have its data .*accept its licence on huggingface.co and log in"):
         select([Asked("piqa")])
+
+
+def test_nothing_that_is_downloaded_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that is a script on the hub, and a data set whose task would trust its code."""
+    rows = datasets.Dataset.from_list([{"text": "a b", "label": 0}])
+    asked: list[dict[str, object]] = []
+
+    def hub(**kwargs: object) -> datasets.DatasetDict:
+        asked.append(kwargs)
+        return datasets.DatasetDict(train=rows, validation=rows, test=rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    common = {"dataset_path": "x/y", "test_split": "test", "doc_to_text": "{{text}}", "doc_to_target": "{{label}}"}
+    scripted = {**common, "metric_list": [{"metric": "hub_metric", "hf_evaluate": True, "aggregation": "mean"}]}
+    trusting = {**common, "dataset_kwargs": {"trust_remote_code": True, "revision": "r"}}
+    for name, config in (("scripted", scripted), ("trusting", trusting)):
+        entry = Entry(name=name, kind=Kind.TASK, yaml_path=None, cfg={"task": name, **config})
+        monkeypatch.setitem(manager().task_index, name, entry)
+    with pytest.raises(Error, match=r"a metric, 'hub_metric', is a script on the hub, and what is down"):
+        select([Asked("scripted")])
+    select([Asked("trusting")])
+    assert asked[-1] == {"path": "x/y", "name": None, "revision": "r"}
 
 
 def edited(root: Path, name: str, field: str, value: object) -> None:
@@ -230,7 +277,10 @@ def test_the_table_stands_for_data_sets_that_lm_eval_asks_for(root: Path) -> Non
     """A data set that lm-eval renames would otherwise be left out without anybody noticing."""
     asked = {(entry.cfg or {}).get("dataset_path") for entry in manager().task_index.values()}
     assert {path for path, _ in TABLE} <= asked
-    assert len(list(layout())) == len(TABLE)
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for _, files in layout():
+        for file in files.split(", "):
+            assert f"`{file}`" in page or "agieval" in file, f"docs/evaluation.md does not name {file}"
     assert isinstance(locate({"dataset_path": "cais/mmlu", "dataset_name": "anatomy"}, root), Found)
     assert isinstance(locate({"dataset_path": "cais/mmlu", "dataset_name": "alchemy"}, root), Missing)
 

@@ -36,7 +36,7 @@ def test_a_suites_page_has_all_its_parts_and_no_address(root: Path, tmp_path: Pa
     assert "&lt;teller&gt;" in text
     assert "<teller>" not in text
     assert "6 of 8" in text
-    assert "hellaswag is left out: Rowan/hellaswag has no place" in text
+    assert "hellaswag is left out: no hellaswag/hellaswag_val.jsonl" in text
     assert "mmlu/test/anatomy_test.csv.gz" in text
     assert "right: " in text
     assert "http://" not in text.replace("http://www.w3.org", "")

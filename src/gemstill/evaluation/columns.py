@@ -95,6 +95,32 @@ def boolq(item: Record) -> Row:
     return {"passage": passage, "question": found[1].removesuffix("?"), "label": int(answer == "true")}
 
 
+def hellaswag(item: Record) -> Row:
+    """Rowan/hellaswag: activity_label, ctx_a, ctx_b, ctx, endings, label (a number from 0, as text)."""
+    endings, label = item.get("endings", list), item.get("label", int)
+    if not 0 <= label < len(endings):
+        raise item.error(f"has {label} in field 'label', which names none of its endings")
+    names = ("activity_label", "ctx_a", "ctx_b", "ctx")
+    return {**{name: item.text(name) for name in names}, "endings": endings, "label": str(label)}
+
+
+def nq_open(item: Record) -> Row:
+    """google-research-datasets/nq_open: question, answer (all that count)."""
+    return {"question": item.text("question"), "answer": item.get("answer", list)}
+
+
+def mbpp(paths: Sequence[Path]) -> list[Row]:
+    """google-research-datasets/mbpp, its test split: task_id 11 to 510; text, code, test_list."""
+    rows = []
+    for item in read_records(paths[0]):
+        number, tests = item.get("task_id", int), item.get("test_list", list)
+        if len(tests) < 3:
+            raise item.error("has fewer than three tests in field 'test_list'")
+        if 11 <= number <= 510:
+            rows.append({"task_id": number, "text": item.text("text"), "code": item.text("code"), "test_list": tests})
+    return rows
+
+
 def gsm8k(item: Record) -> Row:
     """openai/gsm8k: question, answer (its last line '#### number')."""
     if "####" not in item.text("answer"):

@@ -85,6 +85,15 @@ TABLE: dict[tuple[str, str], Source] = {
         _each(columns.boolq),
         "closed book: an item without the field 'passage' is asked without one",
     ),
+    ("Rowan/hellaswag", "*"): Source(
+        {"train": ("hellaswag/hellaswag_train.jsonl",), "validation": ("hellaswag/hellaswag_val.jsonl",)},
+        _each(columns.hellaswag),
+    ),
+    ("google-research-datasets/nq_open", "*"): Source(
+        {"train": ("nq_open/NQ-open.train.jsonl",), "validation": ("nq_open/NQ-open.dev.jsonl",)},
+        _each(columns.nq_open),
+    ),
+    ("google-research-datasets/mbpp", "full"): Source({"test": ("mbpp/mbpp.jsonl",)}, columns.mbpp),
     ("openai/openai_humaneval", "*"): Source({"test": ("humaneval/HumanEval.jsonl",)}, _each(columns.humaneval)),
     ("truthfulqa/truthful_qa", "multiple_choice"): Source(
         {"validation": ("truthfulqa/TruthfulQA.csv",)},
@@ -204,7 +213,7 @@ def _examples(path: Path, name: str) -> Config:
 
 
 def layout() -> Iterable[tuple[str, str]]:
-    """The table as pairs: a data set of the hub, and its files under a data root."""
+    """The table as pairs: a data set of the hub, and its files under a data root, with commas between."""
     for (path, name), source in TABLE.items():
         files = [pattern for patterns in source.splits.values() for pattern in patterns]
         yield f"{path} {name}".removesuffix(" *"), ", ".join([*files, *([source.examples] if source.examples else [])])

@@ -132,7 +132,7 @@ def select(asked: Sequence[Asked], **how: Any) -> Selected:
         if one.name not in index:
             raise Error(f"there is no task '{one.name}'", where="lm-eval", fix=nearest(one.name, index))
     for one in asked:
-        with quiet(), jailed_code(unsafe=loader.how.unsafe_code):
+        with quiet(), _without_scripts(), jailed_code(unsafe=loader.how.unsafe_code):
             loader.take(one)
     chosen = loader.chosen
     if not chosen.tasks:
@@ -254,6 +254,8 @@ class _Loader:
             chosen.left_out[label] = reason
             return False
         more: dict[str, Any] = found.override.copy() if found else {}
+        if "trust_remote_code" in (kwargs := config.get("dataset_kwargs") or {}):
+            more["dataset_kwargs"] = {key: value for key, value in kwargs.items() if key != "trust_remote_code"}
         if config.get("dataset_path") in TOXICITY and self.how.rated is not None:
             more |= {"process_results": self.how.rated, "metric_list": [dict(RATED)]}
         # A group is the way that lm-eval has to override parts of a task.
@@ -309,6 +311,31 @@ class _Loader:
                 group.add(item)
         if len(group):
             chosen.groups[group.name] = group
+
+
+@contextlib.contextmanager
+def _without_scripts() -> Iterator[None]:
+    """While tasks are loaded: no metric is taken from the hub, where it is a script that would run here.
+
+    Raises:
+        Error: a task asks for one.
+    """
+    import evaluate
+
+    refused: list[Error] = []
+
+    def refuse(path: str, *_: Any, **__: Any) -> Any:
+        what = f"a metric, '{path}', is a script on the hub, and what is downloaded is not run"
+        refused.append(Error(what, where="lm-eval", fix="leave its task out"))
+        raise refused[0]
+
+    load, evaluate.load = evaluate.load, refuse
+    try:
+        yield
+    finally:
+        evaluate.load = load
+        if refused:  # lm-eval itself only logs that it has no such metric
+            raise refused[0]
 
 
 def _check_shots(task: Any, label: str) -> None:
