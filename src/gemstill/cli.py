@@ -140,6 +140,12 @@ COMMANDS = {
         places=("source", "texts"),
         resumes=False,
     ),
+    "eval policies": Command(
+        "a chat model's answers to probes of six content policies, judged by a model behind a server",
+        "evaluation.policies",
+        "evaluation.policies:PoliciesConfig",
+        places=("source",),
+    ),
     "export": Command(
         "write a model in a format that others open: a Hugging Face folder, or a GGUF file for llama.cpp",
         "checkpoint.export",

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from gemstill.core import server
 from gemstill.core.errors import Error
 from gemstill.data.dataset import TokenDataset
 from gemstill.data.shards import write_dataset
-from gemstill.distill import server
 from gemstill.distill.block import block_path
 from gemstill.distill.estimators import Estimator
 from gemstill.distill.teach import TeachConfig, describe, plan, run, teach_model
@@ -139,7 +139,7 @@ def test_what_passes_is_waited_for(root: Path, served: Served, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        (status(429), r"answers 429 \(fault 429\), 4 times in a row; .*goes on after the last whole block"),
+        (status(429), r"answers 429 \(fault 429\), 4 times in a row; .*goes on with what is missing"),
         (status(500), r"answers 500 \(fault 500\), 4 times"),
         (status(404), r"answers 404 \(fault 404\)"),
         (hang_up, "cannot be reached .*4 times"),

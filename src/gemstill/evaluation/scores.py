@@ -29,7 +29,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if all(value in (0, 1) for value in values):
         centre = (mean + Z * Z / (2 * n)) / (1 + Z * Z / n)
         half = Z / (1 + Z * Z / n) * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return (centre - half if mean > 0 else 0.0), (centre + half if mean < 1 else 1.0)
     if n < 2:
         return -math.inf, math.inf
     half = Z * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
