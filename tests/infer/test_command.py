@@ -64,6 +64,16 @@ def test_quantized_weights_are_computed_on(tmp_path: Path, capsys: pytest.Captur
         assert message in capsys.readouterr().err
 
 
+def test_keys_and_values_in_eight_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, folder, "def", "--max-new-tokens=6", "--cache", "int8")
+    plain, eight = (
+        plan(GenerateConfig(source=str(folder), prompt="def", cache=cache))["cache_bytes"] for cache in ("", "int8")
+    )
+    assert eight < 0.4 * plain  # of float32: a byte and an eighth for each four
+    assert cli.main(["generate", str(folder), "def", "--cache", "int4"]) == 2
+    assert "not kept in 'int4'" in capsys.readouterr().err
+
+
 def test_stop_strings_are_taken_letter_by_letter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = answer("def", max_new_tokens=20)
     stop = text[5:8]

@@ -230,6 +230,7 @@ def _open(config: ChatConfig) -> Conversation:
         max_new_tokens=config.max_new_tokens,
         system=config.system,
         context=config.context,
+        cache=config.cache,
     )
     if turns:
         conversation.reset(replace(turns, system=config.system or turns.system))

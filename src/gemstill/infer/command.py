@@ -35,7 +35,7 @@ def run(config: GenerateConfig) -> None:
 
     model, tokenizer = load(config.source, config.quantize)
     limits = Limits(config.max_new_tokens, tuple(config.stop))
-    engine = Engine(model)
+    engine = Engine(model, cache=config.cache)
     texts = [
         Generation(
             engine,
@@ -74,7 +74,7 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
         "prompt_tokens": sum(lengths),
         "new_tokens_at_most": config.max_new_tokens * len(prompts),
         "flops_at_most": flops * (sum(lengths) + config.max_new_tokens * len(prompts)),
-        "cache_bytes": min(len(prompts), MOST) * Engine(model).needs(capacity),
+        "cache_bytes": min(len(prompts), MOST) * Engine(model, cache=config.cache).needs(capacity),
         "weight_bytes": weight_bytes(model),
     }
 

@@ -60,12 +60,19 @@ def check_quantize(quantize: str) -> None:
         raise Error(f"no model is quantized to '{quantize}'", where="quantize", fix=fix)
 
 
+def check_cache(cache: str) -> None:
+    """Raise Error for what keys and values are not kept in."""
+    if cache not in ("", "int8"):
+        raise Error(f"keys and values are not kept in '{cache}'", where="cache", fix="take int8, or leave it out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Sampling):
     """What `gemstill generate` needs to know."""
 
     source: str  # the model: a folder, a GGUF file, a hub name
     quantize: str = ""  # compute on weights in int8 or int4, or in the blocks of a GGUF "file"; empty: as stored
+    cache: str = ""  # keep keys and values in int8, in about half of the memory; empty: as the model computes
     prompt: str = "-"  # text to go on from; - reads standard input
     prompts: str = ""  # a file of prompts instead: one a line, or .jsonl with "prompt" or "messages" in each line
     chat: bool = False  # give the prompt as a user's turn, as a tuned model expects
@@ -78,6 +85,7 @@ class GenerateConfig(Sampling):
         check_length(self.max_new_tokens)
         check_stop(self.stop)
         check_quantize(self.quantize)
+        check_cache(self.cache)
         if self.prompts and self.prompt != "-":
             raise Error("has both a prompt and a file of prompts", where="generate", fix="give one of them")
 
@@ -88,6 +96,7 @@ class ChatConfig(Sampling):
 
     source: str  # the model: a folder, a GGUF file, a hub name
     quantize: str = ""  # compute on weights in int8 or int4, or in the blocks of a GGUF "file"; empty: as stored
+    cache: str = ""  # keep keys and values in int8, in about half of the memory; empty: as the model computes
     system: str = ""  # what the model is told first
     load: str = ""  # a conversation to go on with, as /save writes it
     context: int = 0  # tokens that the model may look back on; 0: as many as it was made for
@@ -102,5 +111,6 @@ class ChatConfig(Sampling):
             super().__post_init__()
         check_length(self.max_new_tokens)
         check_quantize(self.quantize)
+        check_cache(self.cache)
         if self.context < 0:
             raise Error(f"context is {self.context}", where="chat", fix="give a number of tokens, or 0 for all")

@@ -48,8 +48,9 @@ class Conversation:
         max_new_tokens: int = 1024,
         system: str = "",
         context: int = 0,
+        cache: str = "",
     ) -> None:
-        self.engine = Engine(model, slots=1, context=context)
+        self.engine = Engine(model, slots=1, context=context, cache=cache)
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self.max_new_tokens = max_new_tokens

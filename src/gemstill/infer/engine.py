@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemstill.core.errors import Error
 from gemstill.core.notices import note
+from gemstill.infer.config import check_cache
 from gemstill.infer.request import Answer, Request, Token
 from gemstill.infer.sampling import largest
 from gemstill.infer.slots import Slots
@@ -61,7 +62,8 @@ class Engine:
     """Answers to requests, several at once, from one model.
 
     slots: answers at once, 16 at most. context: tokens that a text may have, 0 for as many as the model is made for.
-    memory: bytes that all keys and values may take; what does not fit waits for others to end. fed: tokens computed.
+    memory: bytes that all keys and values may take; what does not fit waits for others to end. cache: "int8" keeps them
+    in eight bits, else they are kept in the dtype in which the model computes. fed: tokens computed.
 
     A text stays in its slot when it has ended, until the slot is needed, and what another has in common with its
     beginning is not computed again. The model is used as it stands: when its weights change, answers under way go on
@@ -76,17 +78,20 @@ class Engine:
         Error: a number out of its range.
     """
 
-    def __init__(self, model: Transformer, *, slots: int = MOST, context: int = 0, memory: int | None = None) -> None:
+    def __init__(
+        self, model: Transformer, *, slots: int = MOST, context: int = 0, memory: int | None = None, cache: str = ""
+    ) -> None:
         if not 1 <= slots <= MOST:
             raise Error(f"slots is {slots}", where="engine", fix=f"give a number from 1 to {MOST}")
         if context < 0 or (memory is not None and memory < 0):
             raise Error(f"context is {context} and memory {memory}", where="engine", fix="neither may be below 0")
+        check_cache(cache)
         longest = model.config.max_position
         self.model = model
         self.context = min(context, longest) if context else longest
         self.fed = 0
         weight = model.embed_tokens.weight
-        dtype = model.compute_dtype or weight.dtype
+        dtype = torch.int8 if cache == "int8" else model.compute_dtype or weight.dtype
         self._slots = Slots(model.config, slots, self.context, memory, dtype, weight.device)
         self._waiting: deque[Answer] = deque()
         self._turn = threading.Condition()  # guards what waits, and who steps
