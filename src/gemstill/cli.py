@@ -56,6 +56,13 @@ COMMANDS = {
     "tokenizer": Command(
         "train a tokenizer on text", "data.vocabulary", "data.vocabulary:TokenizerConfig", made="out", resumes=False
     ),
+    "data contaminated": Command(
+        "say which documents of a data set overlap the items of benchmarks, and leave them out",
+        "evaluation.contaminated",
+        "evaluation.config:ContaminatedConfig",
+        places=("shards",),
+        resumes=False,
+    ),
     "data": Command("turn text into token shards", "data.shards", "data.shards:DataConfig", made="out"),
     "train": Command(
         "train a model, from scratch or distilled from a teacher's store",

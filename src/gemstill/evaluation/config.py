@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from gemstill.core.errors import Error
 from gemstill.infer.config import check_quantize
@@ -51,3 +52,26 @@ class MemorizationConfig:
             raise Error("no data set is named", where="memorization", fix="give --data FOLDER")
         if self.samples < 1:
             raise Error(f"samples is {self.samples}", where="memorization", fix="give a number from 1 up")
+
+
+@dataclass(frozen=True)
+class ContaminatedConfig:
+    """`gemstill data contaminated`."""
+
+    shards: str  # a data set's folder of shards
+    tokenizer: Path  # the tokenizer that it was made with
+    suite: str = ""  # a table of benchmarks: gemma2-pretrained, gemma2-open-llm
+    tasks: str = ""  # or tasks of lm-eval by their names, with commas between
+    data_root: Path | None = None  # a folder with the items, laid out as docs/evaluation.md says; else the hub
+    items: str = ""  # or items of your own: a folder, a file or JSONL of texts, each one an item
+    out: str = "contaminated"  # a folder: documents.jsonl, results.json
+    clean: str = ""  # a new folder for the data set without these documents
+    workers: int = 0  # threads; 0 for one a core
+
+    def __post_init__(self) -> None:
+        if self.suite and self.tasks:
+            raise Error("names a suite and tasks", where="contaminated", fix="give one of them")
+        if not (self.suite or self.tasks or self.items):
+            raise Error("no items are named", where="contaminated", fix="give --suite, --tasks or --items")
+        if self.workers < 0:
+            raise Error(f"workers is {self.workers}", where="contaminated", fix="give a number, or 0 for one a core")
