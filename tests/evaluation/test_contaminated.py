@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import unicodedata
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from gemstill import cli
-from gemstill.data.dataset import TokenDataset
+from gemstill.data.dataset import TokenDataset, read_header
 from gemstill.data.shards import write_dataset
 from gemstill.evaluation.config import ContaminatedConfig
 from gemstill.evaluation.contaminated import run
@@ -81,6 +82,7 @@ def test_nothing_runs_over_the_end_of_a_text_or_a_field() -> None:
     assert Index([[whole]], [0]).matches([whole])
     assert not Index([halves], [0]).matches([whole])
     assert not Index([[whole]], [0]).matches(halves)
+    assert not Index([["a few words"]], [0]).matches([whole, ""])
     assert Index([["a few words"], halves, [whole]], [0, 0, 0]).short == 2
 
 
@@ -133,6 +135,11 @@ def test_planted_items_are_found_and_the_clean_copy_holds_all_the_rest(planted: 
     assert len(after.index["shards"]) > 1
     kept = [path.read_text() for n, path in enumerate(sorted((planted / "text").iterdir())) if n not in (5, 23, 24)]
     assert documents(after) == kept
+    assert after.index["clean"] == {"of": before.fingerprint, "documents_left_out": 3}
+    header = read_header(clean / after.index["shards"][0]["file"])
+    mine = documents(after)[: after.index["shards"][0]["documents"]]
+    digests = b"".join(hashlib.sha256(text.encode()).digest() for text in mine)
+    assert header.metadata["content"] == hashlib.sha256(digests).hexdigest()
     assert after.bytes == sum(len(text.encode()) for text in kept)
     assert run(config(planted, tmp_path / "again", items=str(planted / "items.jsonl"))) | {"written": ""} == {
         name: value for name, value in told.items() if name != "clean copy"

@@ -17,7 +17,7 @@ import numpy as np
 from gemstill.core import files
 from gemstill.core.errors import Error
 from gemstill.core.progress import Progress
-from gemstill.data.dataset import INDEX, TokenDataset, read_header, write_shard
+from gemstill.data.dataset import INDEX, TokenDataset, read_header, token_dtype, write_shard
 from gemstill.data.sources import Source, read_source
 from gemstill.evaluation.config import ContaminatedConfig
 from gemstill.evaluation.ngrams import CHARACTERS, KINDS, WORDS, Index
@@ -185,34 +185,29 @@ def write_clean(dataset: TokenDataset, tokenizer: Tokenizer, without: set[int], 
     ends = np.append(starts[1:], dataset.num_tokens)
     kept = np.array([number not in without for number in range(dataset.num_documents)])
     note = {"of": dataset.fingerprint, "documents_left_out": len(without)}
-    shards, begin, stream = [], 0, 0
+    shards: list[dict[str, Any]] = []
+    begin = 0
     with files.writing(folder, folder=True) as temporary:
         for shard in dataset.index["shards"]:
             here = np.arange(begin, begin + shard["documents"])
             begin += shard["documents"]
-            stay, gone = here[kept[here]], here[~kept[here]]
-            if not len(stay):
+            if not kept[here].any():
                 continue
+            stay = here[kept[here]]
             parts = [dataset.read(int(starts[n]), int(ends[n])) for n in stay]
-            lost = [tokenizer.decode(dataset.read(int(starts[n]) + 1, int(ends[n]) - 1).tolist()) for n in gone]
-            size = shard["bytes"] - sum(len(text.encode()) for text in lost)
+            entry = {"tokens": sum(map(len, parts)), "documents": len(parts), "bytes": shard["bytes"]}
             own = read_header(dataset.folder / shard["file"]).metadata
-            if len(gone):
-                own = own | {"bytes": size, "clean": note}
-            dtype = np.dtype("<u2") if dataset.vocab_size <= 1 << 16 else np.dtype("<u4")
+            if len(stay) < len(here):
+                texts = [tokenizer.decode(part[1:-1].tolist()).encode() for part in parts]
+                entry["bytes"] = sum(map(len, texts))
+                content = hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in texts)).hexdigest()
+                own = own | {"bytes": entry["bytes"], "content": content, "clean": note}
+            path = temporary / f"shard-{len(shards):05}.safetensors"
             offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)[:-1]
-            path = temporary / f"shard-{stream:05}.safetensors"
-            stream += 1
-            digest = write_shard(path, np.concatenate(parts).astype(dtype), offsets, own)
-            tokens = sum(map(len, parts))
-            shards.append(
-                {"file": path.name, "tokens": tokens, "documents": len(parts), "bytes": size, "sha256": digest}
-            )
-        corpus = hashlib.sha256(f"{dataset.index.get('corpus', '')} without {sorted(without)}".encode()).hexdigest()
+            digest = write_shard(path, np.concatenate(parts).astype(token_dtype(dataset.vocab_size)), offsets, own)
+            shards.append({"file": path.name, **entry, "sha256": digest})
         sums = {name: sum(int(shard[name]) for shard in shards) for name in ("tokens", "documents", "bytes")}
-        files.write_json(
-            temporary / INDEX, {**dataset.index, **sums, "corpus": corpus, "clean": note, "shards": shards}
-        )
+        files.write_json(temporary / INDEX, {**dataset.index, **sums, "clean": note, "shards": shards})
     return TokenDataset.open(folder)
 
 
