@@ -102,8 +102,10 @@ def items_of(config: ContaminatedConfig) -> Items:
         from gemstill.evaluation.tasks import Asked, select
 
         names = [name.strip() for name in config.tasks.split(",") if name.strip()]
-        asked = suite(config.suite).asked() if config.suite else [Asked(name) for name in names]
-        chosen = select(asked, data_root=config.data_root, unsafe_code=True)  # of programs the text alone is read
+        if config.suite:
+            names = list(dict.fromkeys(one.name for one in suite(config.suite).asked()))
+        # Items alone are read: no examples before them, and no program is run.
+        chosen = select([Asked(name, 0) for name in names], data_root=config.data_root, unsafe_code=True)
         for name, leaves in chosen.leaves.items():
             for leaf in leaves:
                 for number, item in enumerate(chosen.tasks[leaf].task_docs):

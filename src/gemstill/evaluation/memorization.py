@@ -157,7 +157,7 @@ def recall(
     Raises:
         Error: windows longer than the model's context, or logits that are no numbers.
     """
-    engine = Engine(model)
+    engine = Engine(model, context=1 + PROMPT + ANSWER)
     if engine.context < 1 + PROMPT + ANSWER:
         what = f"a window and <bos> have {1 + PROMPT + ANSWER} tokens, the model reads {engine.context}"
         raise Error(what, where="memorization", fix="measure a model of a longer context")
