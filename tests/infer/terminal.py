@@ -8,8 +8,10 @@ import re
 import select
 import signal
 import sys
+import termios
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 _READY, _BUSY = "\x1b[?2004h", "\x1b[?2004l"  # a prompt tells the terminal that it takes pasted text as such
@@ -57,9 +59,19 @@ class Terminal:
         end, begin = time.monotonic() + seconds, self._found
         while text not in self.shown[begin:]:
             if time.monotonic() > end or not self.read(0.2):
-                raise AssertionError(f"{text!r} did not come; shown: {self.shown[begin:]!r}")
+                raise AssertionError(f"{text!r} did not come; {self._state()}; shown: …{self.shown[begin:][-2000:]!r}")
         self._found = self.shown.index(text, begin) + len(text)
         return self.shown[begin:]
+
+    def _state(self) -> str:
+        """Whether the terminal makes Ctrl-C a signal, and what the program does with that."""
+        signals = bool(termios.tcgetattr(self._handle)[3] & termios.ISIG)
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            status = ""
+        masks = " ".join(line for line in status.splitlines() if line.startswith(("Sig", "Shd")))
+        return f"the terminal makes signals: {signals} {masks}"
 
     def end(self, seconds: float = 30.0) -> int:
         """Wait until the program ends; its exit status."""
