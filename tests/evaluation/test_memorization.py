@@ -90,6 +90,7 @@ def test_shares_come_with_wilsons_interval() -> None:
     assert share(0, 0)["share"] is None
     # Agresti and Coull 1998, table of Wilson's intervals: 10 of 10, and 0 of 1,000
     assert share(10, 10)["low"] == pytest.approx(0.7225, abs=1e-4)
+    assert all(share(0, n)["low"] == 0 and share(n, n)["high"] == 1 for n in (1, 7, 300, 1000))
     assert share(0, 1000)["high"] == pytest.approx(0.00383, abs=1e-5)
 
 
