@@ -29,7 +29,7 @@ from gemstill.ops.target import OnlineTarget, Target
 Readout = Callable[[Tensor, Weight, float | None], Any]
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
 ROWS = 1 << 13  # of a head that is cast, at once
-ELEMENTS = 1 << 25  # logits that Scores holds at once
+BYTES = 1 << 27  # of logits that Scores holds at once: fewer rows are multiplied slower
 
 
 def logits(hidden: Tensor, head: Weight, softcap: float | None) -> Tensor:
@@ -130,7 +130,7 @@ class Scores:
         x, cap = hidden[0, self.places], Cap(softcap)
         logprobs = torch.empty(len(self.ids), dtype=wide(x.dtype))
         likeliest = torch.empty(len(self.ids), dtype=torch.bool)
-        blocks = cut(len(x), ELEMENTS // head.shape[0])
+        blocks = cut(len(x), BYTES // (head.shape[0] * x.element_size()))
         spare = x.new_empty(max((part.stop - part.start for part in blocks), default=0), head.shape[0])
         for part in blocks:
             raw = product(x[part], head, spare[: part.stop - part.start])
