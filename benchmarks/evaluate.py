@@ -45,9 +45,9 @@ BARS = {"mmlu": 3.0, "hellaswag": 3.0, "generation": 1.5}
 # From --data-root: a task, its shots, and how many of its first tokens an answer may have.
 TASKS = {"mmlu": Asked("mmlu_world_religions", 5), "hellaswag": Asked("arc_easy"), "generation": Asked("gsm8k", 5)}
 ANSWER = 48  # tokens
-BATCHES = (1, 2, 4, 8)  # that the peer is tried with, on so many items
-SOME = 4
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a log-likelihood, for each hundred of it or for less
+BATCHES = (1, 4, 8)  # that the peer is tried with, on so many items
+SOME = 3
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2.0}  # of a log-likelihood of up to 100, or of each hundred of it
 
 Item = list[Instance]  # the requests of one
 
