@@ -73,6 +73,8 @@ def test_items_of_the_benchmarks(backends, monkeypatch, asked: Asked, items: int
         pytest.skip("needs the benchmarks' items: GEMSTILL_EVALS names their folder")
     if asked.shots:  # a long context and few tokens asked for: the memory matters, the softmax does not
         monkeypatch.setattr(backends[1], "softmax_dtype", None)
+    if asked.name in ("gsm8k", "humaneval"):  # one text at a time would take a quarter of an hour
+        monkeypatch.setattr(backends[1], "batch_size_per_gpu", items)
     if asked.name == "wikitext":
         _windows(monkeypatch, *backends)
     setting = Setting(limit=items, data_root=Path(root))
