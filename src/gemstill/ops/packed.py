@@ -232,7 +232,7 @@ class _Slab:
     """Memory that small matrices share, side by side, as long as one of them is there.
 
     Only where some MiB are asked for at once does the system give pages of 2 MiB; from pages of 4 KiB a processor
-    reads a quarter slower.
+    reads slower.
     """
 
     SIZE, LINE = 32 << 20, 64
