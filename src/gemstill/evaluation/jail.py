@@ -16,6 +16,7 @@ from pathlib import Path
 from gemstill.core.errors import Error
 
 PROGRAM = "program.py"
+PATIENCE = 10  # seconds on the clock for each of a processor: what else runs must not decide what passes
 SYS_RESOURCE = 24  # the capability, of linux/capability.h
 # What a Python and its standard library read; nothing of the user's own.
 READABLE = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/opt", "/dev/null", "/dev/zero", "/dev/urandom")
@@ -23,8 +24,9 @@ READABLE = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/opt", "/dev/null", "/dev
 # an exit status alone would also come of a program that leaves before its tests.
 DRIVER = f"""
 import os, resource, sys
-disk = int(sys.argv.pop())
+seconds, disk = int(sys.argv.pop()), int(sys.argv.pop())
 resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 word, out, own, null = sys.argv.pop().encode(), os.dup(1), os.getpid(), os.open(os.devnull, os.O_RDWR)
 for handle in range(3):
     os.dup2(null, handle)
@@ -39,13 +41,13 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. The time is that of the hub's `code_eval`, which has no other limits.
+    """What one program may use. The time is that of the hub's `code_eval`, which counts it on the clock.
 
-    seconds: on the clock. memory: bytes. disk: bytes of a file, and of all files when one is opened. processes: at
-    once, threads among them.
+    seconds: of a processor, and ten times as many on the clock. memory: bytes. disk: bytes of a file, and of all files
+    when one is opened. processes: at once, threads among them.
     """
 
-    seconds: float = 3.0
+    seconds: int = 3
     memory: int = 1 << 30
     disk: int = 16 << 20
     processes: int = 16
@@ -82,7 +84,7 @@ def passes(program: str, limits: Limits = Limits(), *, unsafe: bool = False) -> 
     with tempfile.TemporaryDirectory(prefix="gemstill-jail-", ignore_cleanup_errors=True) as folder:
         # Lone surrogates cannot be written, and no Python would read them.
         Path(folder, PROGRAM).write_text(program, encoding="utf-8", errors="replace")
-        command = [sys.executable, "-I", "-B", "-c", DRIVER, word, str(limits.disk)]
+        command = [sys.executable, "-I", "-B", "-c", DRIVER, word, str(limits.disk), str(limits.seconds)]
         said = _loose(command, folder, limits) if unsafe else _jailed(command, folder, limits)
     return said == word.encode()
 
@@ -110,7 +112,7 @@ def _jailed(command: list[str], folder: str, limits: Limits) -> bytes:
             **_unprivileged(),
         )
         try:
-            found: bytes = sandbox.run(command, timeout=limits.seconds).stdout
+            found: bytes = sandbox.run(command, timeout=limits.seconds * PATIENCE).stdout
         except SandlockError as error:
             fix = "run it elsewhere, or accept that the model's programs may do anything: --unsafe-code"
             raise Error(f"the jail cannot be set up: {error}", where="code", fix=fix) from None
@@ -141,7 +143,7 @@ def _loose(command: list[str], folder: str, limits: Limits) -> bytes:
         preexec_fn=restrict,
     )
     try:
-        return child.communicate(timeout=limits.seconds)[0]
+        return child.communicate(timeout=limits.seconds * PATIENCE)[0]
     except subprocess.TimeoutExpired:
         return b""
     finally:
