@@ -154,13 +154,13 @@ def test_a_suite_has_its_rows_and_averages_over_what_was_measured(root: Path) ->
 def test_the_published_averages_are_the_reports() -> None:
     """A slip in a copied figure would show: the report prints both averages of each column."""
     table, printed = SUITES["gemma2-pretrained"], {"Average (8)": (44.0, 50.0, 61.0, 61.9, 62.4, 70.2, 74.4)}
-    printed["Average (all)"] = (44.2, 48.7, 55.6, None, 57.9, 64.9, 69.4)  # type: ignore[assignment]
+    printed["Average (all)"] = (44.2, 48.7, 55.6, None, 57.9, 64.9, 69.4)
     for summary in table.summaries:
         rows = [row for row in table.benchmarks if row.name in summary.rows]
         for column, value in enumerate(printed[summary.name]):
             figures = [row.published[column] for row in rows]
             if value is not None:
-                assert statistics.fmean(figures) == pytest.approx(value, abs=0.35)  # type: ignore[type-var]
+                assert statistics.fmean(figures) == pytest.approx(value, abs=0.35)
     with pytest.raises(Error, match=r"there is no suite 'gemma2-pretraind'; did you mean 'gemma2-pretrained'"):
         suite("gemma2-pretraind")
 

@@ -211,8 +211,6 @@ def share(count: int, of: int) -> dict[str, Any]:
     if not of:
         return {"count": 0, "of": 0, "share": None, "low": None, "high": None}
     low, high = interval([1.0] * count + [0.0] * (of - count))
-    # At its ends the interval is closed: what is not 0 or 1 there is rounding.
-    low, high = low if count else 0.0, high if count < of else 1.0
     return {"count": count, "of": of, "share": count / of, "low": low, "high": high}
 
 

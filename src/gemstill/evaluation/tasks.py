@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import random
@@ -104,7 +105,7 @@ def require() -> None:
         Error: lm-eval cannot be imported.
     """
     try:
-        import lm_eval  # noqa: F401
+        importlib.import_module("lm_eval")
     except ImportError as error:
         raise Error(f"needs lm-eval ({error})", where="evaluation", fix="pip install 'gemstill[eval]'") from error
 
