@@ -249,7 +249,9 @@ def main() -> None:
     texts = [document.text[2000:202_000] for document in read_source(source)][:: 1 if args.full else 4]
     encoded = [np.array(tokenizer.encode(text), np.int64) for text in texts]
     windows = (2 if args.full else 1) * WINDOWS
-    chosen = [tokens[at : at + WINDOW] for at in (1000, 20_000) for tokens in encoded if len(tokens) > at + WINDOW]
+    begin = [tokenizer.bos_id]  # of every window, as training and teaching have it
+    places = [(tokens, at) for at in (1000, 20_000) for tokens in encoded if len(tokens) > at + WINDOW]
+    chosen = [np.append(begin, tokens[at + 1 : at + WINDOW]) for tokens, at in places]
     stream = Stream(np.concatenate(chosen[:windows]), tokenizer.vocab_size)
     known = np.concatenate(encoded)
     print(f"{len(stream.tokens)} rows; ids ranked by {len(known):,} tokens of the same books", flush=True)
