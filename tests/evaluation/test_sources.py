@@ -13,6 +13,7 @@ from lm_eval.tasks.manager import Entry, Kind
 
 from gemstill.core.errors import Error
 from gemstill.core.files import sha256
+from gemstill.evaluation.records import find
 from gemstill.evaluation.sources import TABLE, Found, Missing, layout, locate
 from gemstill.evaluation.tasks import Asked, Selected, cut, manager, quiet, select
 from tests.evaluation.roots import SUBJECTS, lines, put, write_root
@@ -145,6 +146,14 @@ def test_published_files_of_sets_that_lie_elsewhere(tmp_path: Path) -> None:
         select([Asked("mbpp")], data_root=tmp_path, unsafe_code=True)
 
 
+def test_files_of_one_pattern_may_be_packed_or_not(tmp_path: Path) -> None:
+    for name in ("bbq/Religion.jsonl", "bbq/Age.jsonl.gz", "bbq/Age.jsonl", "bbq/SES.jsonl.gz"):
+        put(tmp_path / name, "")
+    assert [path.name for path in find(tmp_path, "bbq/*.jsonl")] == ["Age.jsonl", "Religion.jsonl", "SES.jsonl.gz"]
+    assert [path.name for path in find(tmp_path, "bbq/SES.jsonl")] == ["SES.jsonl.gz"]
+    assert find(tmp_path, "bbq/Nationality.jsonl") == []
+
+
 def test_few_shot_examples_from_the_evaluated_split_are_told(root: Path) -> None:
     borrowed = "few-shot examples come from the evaluated split, the item itself left out"
     assert borrowed in select([Asked("winogrande", 2)], data_root=root).notes["winogrande"]
@@ -228,6 +237,8 @@ FAULTS = {
     "piqa": ("piqa/valid.jsonl", "sol2", 7, f"line 2: has 7 in field 'sol2', which {TEXT}"),
     "agieval_lsat_ar": ("agieval/lsat-ar.jsonl", "label", "F", "line 2: has 'F' in field 'label', which names none"),
     "bbq": ("bbq/Age.jsonl.gz", "label", "2", f"line 2: has '2' in field 'label', which {NUMBER}"),
+    "bbq_ambig": ("bbq/Age.jsonl.gz", "label", 3, "line 2: has 3 in field 'label', which should be 0 to 2"),
+    "agieval": ("agieval/lsat-ar.jsonl", "options", ["(A)", 2], "in field 'options', which should be a list of texts"),
     "minerva_math500": ("math500/MATH500.jsonl", "prompt", None, "line 2: has no field 'prompt'"),
 }
 
@@ -253,6 +264,16 @@ def test_tables_and_lists_name_their_lines_and_items(tmp_path: Path) -> None:
     put(root / "mmlu/test/anatomy_test.csv.gz", "question,choice0,choice1,choice2,choice3,answer\nWhich?,a,b,c,d,E\n")
     with pytest.raises(Error, match=r"line 2: has 'E' in field 'answer', which should be 0 to 3 or A to D"):
         select([Asked("mmlu_anatomy")], data_root=root)
+    put(root / "mmlu/test/anatomy_test.csv.gz", "question,choice0,choice1,choice2,choice3,answer\nWhich?,a,b,c,d,²\n")
+    with pytest.raises(Error, match=r"line 2: has '²' in field 'answer'"):
+        select([Asked("mmlu_anatomy")], data_root=root)
+    broken = {
+        "instruction": "Please choose: Which?\n\nOf these.\n\nAnswer1: a\n\nAnswer format: b",
+        "answer": "answer1",
+    }
+    put(root / "siqa/test.json", json.dumps([broken]))
+    with pytest.raises(Error, match=r"item 1: has options in field 'instruction' that are not numbered from 1"):
+        select([Asked("social_iqa")], data_root=root)  # nothing of a question is dropped
     put(root / "siqa/test.json", json.dumps([{"instruction": "What?", "answer": "answer1"}]))
     with pytest.raises(Error, match=r"siqa/test.json, item 1: has no question with options in field 'instruction'"):
         select([Asked("social_iqa")], data_root=root)

@@ -172,5 +172,7 @@ def test_winobias_lines(tmp_path: Path) -> None:
         "pronoun": "he", "first": "developer", "second": "designer", "label": 0,
     }  # fmt: skip
     assert (second["second"], second["label"], second["pronoun"]) == ("construction worker", 1, "him")
+    (again,) = rows("32 The developer went to [the designer] because [she] needed a developer.")  # named twice
+    assert (again["first"], again["second"], again["label"]) == ("developer", "designer", 1)
     with pytest.raises(Error, match=r"pro, line 1: has not two occupations"):
         rows("1 [The developer] thanked nobody because [he] was alone.")

@@ -29,13 +29,13 @@ PRONOUNS = {
 def mmlu(item: Record) -> Row:
     """cais/mmlu: question, choices, answer (a number from 0)."""
     answer = item.text("answer").strip()
-    index = "ABCD".find(answer) if len(answer) == 1 and answer.isalpha() else int(answer) if answer.isdigit() else -1
-    if not 0 <= index <= 3:
+    place = "ABCD0123".find(answer) if len(answer) == 1 else -1
+    if place < 0:
         raise item.error(f"has '{answer}' in field 'answer', which should be 0 to 3 or A to D")
     return {
         "question": item.text("question"),
         "choices": [item.text(f"choice{number}") for number in range(4)],
-        "answer": index,
+        "answer": place % 4,
     }
 
 
@@ -47,7 +47,7 @@ def _instruction(item: Record) -> tuple[str, list[str], int]:
     parts = _OPTION.split(found["options"])
     options = [part.strip() for part in parts[2::2]]
     answer = re.fullmatch(r"(?:answer|option)(\d+)", item.text("answer").strip())
-    if parts[1::2] != [str(number) for number in range(1, len(options) + 1)] or not options:
+    if parts[0].strip() or parts[1::2] != [str(number) for number in range(1, len(options) + 1)] or not options:
         raise item.error("has options in field 'instruction' that are not numbered from 1")
     if not answer or not 1 <= int(answer[1]) <= len(options):
         raise item.error(f"has '{item.text('answer')}' in field 'answer', which names none of its options")
@@ -76,7 +76,10 @@ def siqa(item: Record) -> Row:
         raise item.error("has not three options in field 'instruction'")
     # The prompt joins the two with a space again: where they are cut changes nothing of it.
     context, _, question = merged.rpartition(". ")
-    context, question = (f"{context}.", question) if context else tuple(merged.split(" ", 1))
+    if context:
+        context += "."
+    else:
+        context, _, question = merged.partition(" ")
     return {
         "context": context, "question": question, "label": str(right + 1),
         "answerA": options[0], "answerB": options[1], "answerC": options[2],
@@ -97,7 +100,7 @@ def boolq(item: Record) -> Row:
 
 def hellaswag(item: Record) -> Row:
     """Rowan/hellaswag: activity_label, ctx_a, ctx_b, ctx, endings, label (a number from 0, as text)."""
-    endings, label = item.get("endings", list), item.get("label", int)
+    endings, label = item.texts("endings"), item.get("label", int)
     if not 0 <= label < len(endings):
         raise item.error(f"has {label} in field 'label', which names none of its endings")
     names = ("activity_label", "ctx_a", "ctx_b", "ctx")
@@ -106,14 +109,14 @@ def hellaswag(item: Record) -> Row:
 
 def nq_open(item: Record) -> Row:
     """google-research-datasets/nq_open: question, answer (all that count)."""
-    return {"question": item.text("question"), "answer": item.get("answer", list)}
+    return {"question": item.text("question"), "answer": item.texts("answer")}
 
 
 def mbpp(paths: Sequence[Path]) -> list[Row]:
     """google-research-datasets/mbpp, its test split: task_id 11 to 510; text, code, test_list."""
     rows = []
     for item in read_records(paths[0]):
-        number, tests = item.get("task_id", int), item.get("test_list", list)
+        number, tests = item.get("task_id", int), item.texts("test_list")
         if len(tests) < 3:
             raise item.error("has fewer than three tests in field 'test_list'")
         if 11 <= number <= 510:
@@ -136,12 +139,13 @@ def agieval(item: Record) -> Row:
     passage, question = item.fields.get("passage") or "", item.text("question")
     if not item.fields.get("options"):
         return {"query": f"{passage}Q: {question}\nA: The answer is", "answer": item.text("answer")}
-    options, label = item.get("options", list), item.text("label")
-    if not (len(label) == 1 and 0 <= "ABCDEFG".find(label) < len(options)):
+    options, label = item.texts("options"), item.text("label")
+    letters = "ABCDEFGH"[: len(options)]
+    if len(label) != 1 or label not in letters:
         raise item.error(f"has '{label}' in field 'label', which names none of its options")
-    last = "ABCDEFG"[len(options) - 1]
-    query = f"{passage}Q: {question} Answer Choices: {' '.join(options)}\nA: Among A through {last}, the answer is"
-    return {"query": query, "choices": options, "gold": ["ABCDEFG".find(label)]}
+    choices = " ".join(options)
+    query = f"{passage}Q: {question} Answer Choices: {choices}\nA: Among A through {letters[-1]}, the answer is"
+    return {"query": query, "choices": options, "gold": [letters.index(label)]}
 
 
 def bbh(item: Record) -> Row:
@@ -187,11 +191,13 @@ def bbq(item: Record) -> Row:
     groups = item.get("additional_metadata", dict).get("stereotyped_groups")
     if not isinstance(groups, list) or any(not isinstance(info.get(name), list) for name in names[-3:]):
         raise item.error("has no 'stereotyped_groups' in 'additional_metadata', or no three answers in 'answer_info'")
+    if not 0 <= (label := item.get("label", int)) <= 2:
+        raise item.error(f"has {label} in field 'label', which should be 0 to 2")
     return {
         **{name: item.text(name) for name in names},
         "answer_info": {name: info[name] for name in names[-3:]},
         "additional_metadata": {"stereotyped_groups": groups},
-        "label": item.get("label", int),
+        "label": label,
     }
 
 
@@ -212,12 +218,11 @@ def winogender(item: Record) -> Row:
 
 def ifeval(item: Record) -> Row:
     """google/IFEval: key, prompt, instruction_id_list, kwargs."""
-    kwargs = item.get("kwargs", list)
     return {
         "key": item.get("key", int),
         "prompt": item.text("prompt"),
-        "instruction_id_list": item.get("instruction_id_list", list),
-        "kwargs": kwargs,
+        "instruction_id_list": item.texts("instruction_id_list"),
+        "kwargs": item.get("kwargs", list),
     }
 
 
@@ -261,9 +266,9 @@ def winobias(paths: Sequence[Path]) -> list[Row]:
                 continue
             text = line.strip().partition(" ")[2]
             marked = re.findall(r"\[(.*?)\]", text)
-            people = [found.group().lower() for found in named.finditer(text)]
+            people = list(dict.fromkeys(found.group().lower() for found in named.finditer(text)))
             meant = [place for place, person in enumerate(people) if marked and person in marked[0].lower()]
-            if len(marked) < 2 or len(set(people)) != 2 or len(people) != 2 or not meant:
+            if len(marked) < 2 or len(people) != 2 or not meant:
                 raise Error(
                     "has not two occupations, one of them and a pronoun in brackets", where=f"{path}, line {number}"
                 )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from gemstill.core.errors import Error
 
 T = TypeVar("T")
-_KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "a group of fields", bool: "true or false"}
+_KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "a group of fields"}
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,24 @@ class Record:
         """The field `name`, a text."""
         return self.get(name, str)
 
+    def texts(self, name: str) -> list[str]:
+        """The field `name`, a list of texts."""
+        values = self.get(name, list)
+        if not all(isinstance(value, str) for value in values):
+            raise self.error(f"has {values!r:.60} in field '{name}', which should be a list of texts")
+        return values
+
     def error(self, what: str) -> Error:
         """An error about this record."""
         return Error(what, where=self.where, fix="mend the line, or give the file as its makers publish it")
 
 
 def find(root: Path, pattern: str) -> list[Path]:
-    """The files of `pattern` (a path under `root`, perhaps with *), as they are or else with .gz, in order."""
-    for name in (pattern, f"{pattern}.gz"):
-        if found := sorted(path for path in root.glob(name) if path.is_file()):
-            return found
-    return []
+    """The files of `pattern` (a path under `root`, perhaps with *) in order; one that is also there as .gz once."""
+    found: dict[str, Path] = {}
+    for name in (f"{pattern}.gz", pattern):
+        found |= {str(path).removesuffix(".gz"): path for path in root.glob(name) if path.is_file()}
+    return [found[name] for name in sorted(found)]
 
 
 def read_text(path: Path) -> str:
