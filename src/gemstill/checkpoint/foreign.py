@@ -27,6 +27,7 @@ from gemstill.model.config import ModelConfig
 from gemstill.model.transformer import Transformer
 from gemstill.text.tokenizer import Tokenizer
 
+SETTINGS = "tokenizer_config.json"
 _INSTALL = "pip install 'gemstill[transformers]'"
 
 
@@ -53,22 +54,26 @@ def is_foreign(place: str | Path) -> bool:
 
 
 def open_any(
-    place: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    place: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[Transformer | Adapter, Tokenizer]:
     """Open a model of any architecture, ours or one of `transformers`, and its tokenizer.
 
-    place: a folder, a GGUF file, Google's own file, or a name on the hub. dtype: as `gemstill.load` has it; a
-    foreign network is stored in the dtype that it computes in.
+    place: a folder, a GGUF file, Google's own file, or a name on the hub. dtype, quantize: as `gemstill.load` has
+    them; a foreign network is stored in the dtype that it computes in, and cannot be quantized.
 
     Raises:
         Error: as `gemstill.load` and `load_foreign` do.
     """
     path = place_of(place)
-    return (
-        load_foreign(path, dtype=dtype, device=device)
-        if is_foreign(path)
-        else source.load(path, dtype=dtype, device=device)
-    )
+    if not is_foreign(path):
+        return source.load(path, dtype=dtype, quantize=quantize, device=device)
+    if quantize is not None:
+        raise Error("only Gemma's networks are quantized here", where=path, fix="leave quantize out")
+    return load_foreign(path, dtype=dtype, device=device)
 
 
 def shape_of(place: str | Path) -> ModelConfig | ForeignConfig:
@@ -203,9 +208,40 @@ def _from_config(config: Any) -> Any:
 
 def _gguf_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a GGUF file, as `transformers` reads it."""
-    with _readable(path):
-        fast = _library(path).AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    fast = _fast(path.parent, path, gguf_file=path.name)
     return Tokenizer(fast.backend_tokenizer.to_str().encode(), path, chat_template=fast.chat_template)
+
+
+def library_tokenizer(tokenizer: Tokenizer) -> Any:
+    """The tokenizer of `transformers` from where ours was read: one that knows whether BOS stands before a text.
+
+    Where there are no settings for it beside the file, it is made of what ours knows.
+
+    Raises:
+        Error: `transformers` is not installed, or cannot open it.
+    """
+    place = tokenizer.source
+    if place.is_file() and place.suffix not in (".json", ".model"):  # a GGUF file, whatever its name
+        return _fast(place.parent, place, gguf_file=place.name)
+    if (place.parent / SETTINGS).is_file():
+        return _fast(place.parent, place)
+    names = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
+    with _readable(place):
+        import tokenizers
+
+        fast = _library(place).PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.data.decode()),
+            **{f"{name}_token": tokenizer.decode([number]) for name, number in names.items()},
+        )
+    fast.chat_template = tokenizer.chat_template
+    return fast
+
+
+def _fast(folder: Path, where: Path, **options: Any) -> Any:
+    with _readable(where):
+        return _library(where).AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
 
 
 @contextlib.contextmanager

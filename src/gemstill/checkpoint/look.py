@@ -72,8 +72,10 @@ def look(source: str | Path) -> Found:
     raise Error("there is no such file or folder", where=source, fix=fix)
 
 
-def expect_model(source: str | Path) -> Found:
+def expect_model(source: str | Path, *, any_architecture: bool = False) -> Found:
     """Tell what model `source` is, as far as that needs neither torch nor the network.
+
+    any_architecture: networks that are not ours may be there too.
 
     Raises:
         Error: there is nothing; it is something else, which is named; another architecture.
@@ -86,6 +88,8 @@ def expect_model(source: str | Path) -> Found:
         if (found.path / "model" / "config.json").exists():
             fix = f"its model is {found.path / 'model'}"
         raise Error(f"holds {NAMES[found.kind]}, not a model", where=source, fix=fix)
+    if any_architecture:
+        return found
     if found.kind == "folder":
         read_config(found.path)
     if found.kind == "gguf" and not (name := gguf_architecture(found.path)).startswith("gemma"):

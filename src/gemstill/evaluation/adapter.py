@@ -16,11 +16,11 @@ its own turn. A system message that the model's template has no place for opens 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gemstill.core.errors import Error
-from gemstill.evaluation.scoring import score
+from gemstill.evaluation.scoring import Score, score
 from gemstill.evaluation.trie import Text
 from gemstill.infer.config import Sampling
 from gemstill.infer.engine import Engine
@@ -44,7 +44,58 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 Pair = tuple[str, str]  # a context and a continuation
 
 
-class Adapter(TemplateLM):  # type: ignore[misc]
+class Scored:
+    """Continuations scored as lm-eval wants them, for a class of its interface: what stands before it in the bases.
+
+    It has max_length, and `truncated`, which counts the texts that were longer.
+    """
+
+    max_length: int
+    truncated: int
+    cache_hook: Any
+
+    def _score(self, texts: Sequence[Text]) -> Iterator[Score]:
+        raise NotImplementedError
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation and whether it is the greedy one.
+
+        Raises:
+            Error: a continuation that is empty, or longer than the context.
+        """
+        for request in requests:
+            if not request.args[1]:
+                raise _nothing(request)
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Pair | None, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        texts = [self._text(key, context, continuation) for key, context, continuation in requests]
+        answers = [(0.0, False)] * len(texts)
+        for number, logprob, greedy in self._score(texts):
+            answers[number] = (logprob, greedy)
+            if (key := requests[number][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answers[number])
+        return answers
+
+    def _text(self, key: Pair | None, context: list[int], continuation: list[int]) -> Text:
+        """A context and what is asked for after it, cut off on the left where it is too long."""
+        if not continuation:
+            raise Error("the continuation adds no token to its context", where=f"the request {key!r:.200}")
+        if len(continuation) > self.max_length:
+            what = f"a continuation of {len(continuation)} tokens exceeds the context of {self.max_length}"
+            raise Error(what, where=f"the request {key!r:.200}", fix="give a larger context, or leave the task out")
+        whole = context + continuation
+        # The last token is asked for, and not read.
+        if len(whole) > self.max_length + 1:
+            self.truncated += 1
+            whole = whole[-(self.max_length + 1) :]
+        return Text(whole, len(continuation))
+
+
+class Adapter(Scored, TemplateLM):  # type: ignore[misc]
     """What lm-eval calls a model.
 
     context: tokens that a text may have, 0 for as many as the model is made for. batch_tokens: computed at once when
@@ -100,42 +151,8 @@ class Adapter(TemplateLM):  # type: ignore[misc]
             add_special_tokens = not string.startswith(self._bos)
         return [self.tokenizer.bos_id, *self._last[1]] if add_special_tokens else list(self._last[1])
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation and whether it is the greedy one.
-
-        Raises:
-            Error: a continuation that is empty, or longer than the context.
-        """
-        for request in requests:
-            if not request.args[1]:
-                raise _nothing(request)
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return answers
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Pair | None, list[int], list[int]]], **_: Any
-    ) -> list[tuple[float, bool]]:
-        texts = [self._text(key, context, continuation) for key, context, continuation in requests]
-        answers = [(0.0, False)] * len(texts)
-        for number, logprob, greedy in score(self.model, texts, batch_tokens=self.batch_tokens):
-            answers[number] = (logprob, greedy)
-            if (key := requests[number][0]) is not None:
-                self.cache_hook.add_partial("loglikelihood", key, answers[number])
-        return answers
-
-    def _text(self, key: Pair | None, context: list[int], continuation: list[int]) -> Text:
-        """A context and what is asked for after it, cut off on the left where it is too long."""
-        if not continuation:
-            raise Error("the continuation adds no token to its context", where=f"the request {key!r:.200}")
-        if len(continuation) > self.max_length:
-            what = f"a continuation of {len(continuation)} tokens exceeds the context of {self.max_length}"
-            raise Error(what, where=f"the request {key!r:.200}", fix="give a larger context, or leave the task out")
-        whole = context + continuation
-        # The last token is asked for, and not read.
-        if len(whole) > self.max_length + 1:
-            self.truncated += 1
-            whole = whole[-(self.max_length + 1) :]
-        return Text(whole, len(continuation))
+    def _score(self, texts: Sequence[Text]) -> Iterator[Score]:
+        return score(self.model, texts, batch_tokens=self.batch_tokens)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows of the context that share no predicted token."""
@@ -149,7 +166,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]
         answers = [0.0] * len(requests)
         left = Counter(owners)
         texts = [self._text(*window) for window in windows]
-        for window, logprob, _ in score(self.model, texts, batch_tokens=self.batch_tokens):
+        for window, logprob, _ in self._score(texts):
             number = owners[window]
             answers[number] += logprob
             left[number] -= 1
@@ -199,10 +216,7 @@ class _Task:
             raise Error(what, where="generation", fix=f"do_sample, until, max_gen_toks and {', '.join(_SAMPLING)} are")
         if sample and not drawn.get("temperature"):
             raise Error("do_sample at a temperature of 0", where="generation", fix="give a temperature above 0")
-        room = adapter.max_length - self.new
-        if room <= 0:
-            what = f"max_gen_toks of {self.new} leaves a context of {adapter.max_length} tokens no room for a prompt"
-            raise Error(what, where="generation", fix="give a larger context or fewer max_gen_toks")
+        room = room_for(adapter.max_length, self.new)
         self.sampling = (
             Sampling(**drawn, seed=seed)
             if sample
@@ -228,6 +242,14 @@ class _Task:
         written = self.tokenizer.decode([token.id for token in answer.tokens], special=False)
         text: str = postprocess_generated_text(written, self.until, None)
         return text
+
+
+def room_for(context: int, new: int) -> int:
+    """How many tokens a prompt may have of which `new` are to be written. Raises Error where there are none."""
+    if new >= context:
+        what = f"max_gen_toks of {new} leaves a context of {context} tokens no room for a prompt"
+        raise Error(what, where="generation", fix="give a larger context or fewer max_gen_toks")
+    return context - new
 
 
 def _nothing(request: Any) -> Error:

@@ -54,14 +54,15 @@ def run(config: EvalConfig) -> None:
     Raises:
         Error: as `gemstill.evaluate` does.
     """
-    expect_model(config.source)
+    expect_model(config.source, any_architecture=True)
     table = _suite(config)
-    from gemstill.checkpoint.source import load, name_of
+    from gemstill.checkpoint.foreign import open_any
+    from gemstill.checkpoint.source import name_of
     from gemstill.evaluation.folder import RESULTS
     from gemstill.evaluation.run import evaluate
     from gemstill.evaluation.table import text
 
-    model, tokenizer = load(config.source, quantize=config.quantize or None)
+    model, tokenizer = open_any(config.source, quantize=config.quantize or None)
     results = evaluate(
         model,
         tokenizer,
@@ -84,7 +85,7 @@ def run(config: EvalConfig) -> None:
 
 def plan(config: EvalConfig) -> dict[str, Any]:
     """What `run` would do: tasks, items, requests, and what is left out. The tasks' data are read, the model is not."""
-    expect_model(config.source)
+    expect_model(config.source, any_architecture=True)
     table = _suite(config)
     from gemstill.evaluation.run import Setting, asked_of
     from gemstill.evaluation.tasks import quiet

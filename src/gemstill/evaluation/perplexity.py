@@ -67,11 +67,11 @@ class Perplexity(Evaluation):
 
 
 def run(config: PerplexityConfig) -> dict[str, Any]:
-    """Score what `config` names, and write `config.out` where asked for. Raises Error as `load` and `texts_of` do."""
-    from gemstill.checkpoint.source import load
+    """Score what `config` names, and write `config.out` where asked for. Raises Error as `open_any`, `texts_of` do."""
+    from gemstill.checkpoint.foreign import open_any
 
     total = _size(config)
-    model, tokenizer = load(config.source, quantize=config.quantize or None)
+    model, tokenizer = open_any(config.source, quantize=config.quantize or None)
     found = score(model, tokenizer, texts_of(config, tokenizer), context=config.context, total=total)
     result = {"source": config.source, "texts": config.texts, "context": config.context, **found.figures()}
     if config.out:
@@ -85,7 +85,7 @@ def plan(config: PerplexityConfig) -> dict[str, Any]:
     """What `run` would read; the model is not opened."""
     from gemstill.checkpoint.look import expect_model
 
-    expect_model(config.source)
+    expect_model(config.source, any_architecture=True)
     return {"source": config.source, "texts": config.texts, "bytes": _size(config)}
 
 

@@ -25,6 +25,7 @@ from gemstill.evaluation.toxicity import rater
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gemstill.model.adapter import Adapter
     from gemstill.model.transformer import Transformer
     from gemstill.text.tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ class Setting:
 
 
 def evaluate(
-    model: Transformer,
+    model: Transformer | Adapter,
     tokenizer: Tokenizer,
     tasks: str | Sequence[str],
     *,
@@ -72,11 +73,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model on a suite (by its name) or on tasks of lm-eval (their names).
 
-    shots: few-shot examples of all tasks, by default each task's own. limit: items of each task, drawn by `seed`; a
-    group such as MMLU is one task. data_root: a folder with the items instead of the hub. out: a folder for answers
-    as they come, results.json and the items with what the model said; the same call goes on where it was stopped.
-    turns: ask with the model's chat template. unsafe_code: run a model's programs even where there is no jail.
-    toxicity: a sequence classifier of transformers, for tasks that have what a model wrote rated.
+    model: ours, or one of `transformers` in `gemstill.model.adapter.Adapter`, its tokenizer opened from its own files
+    (`gemstill.checkpoint.foreign.open_any` gives both). shots: few-shot examples of all tasks, by default each task's
+    own. limit: items of each task, drawn by `seed`; a group such as MMLU is one task. data_root: a folder with the
+    items instead of the hub. out: a folder for answers as they come, results.json and the items with what the model
+    said; the same call goes on where it was stopped. turns: ask with the model's chat template. unsafe_code: run a
+    model's programs even where there is no jail. toxicity: a sequence classifier of transformers, for tasks that have
+    what a model wrote rated.
 
     Returns lm-eval's results (with "samples", the items), and under "gemstill" the rows with 95 % intervals, the
     files' SHA-256, what was left out and why.
@@ -86,18 +89,29 @@ def evaluate(
             another model's answers; turns without a chat template.
     """
     require()
-    from gemstill.evaluation.adapter import Adapter
-
     table = SUITES.get(tasks) if isinstance(tasks, str) else None
     asked = asked_of(tasks, shots)
     root = None if data_root is None else Path(data_root).expanduser()
     turned = turns or bool(table and table.turns)
-    adapter = Adapter(model, tokenizer)
+    adapter = _adapted(model, tokenizer)
     if turned:  # a model without turns is refused before anything is read
         adapter.apply_chat_template([{"role": "user", "content": "Hello"}])
     setting = Setting(limit, root, turned, seed, unsafe_code, toxicity)
     place = None if out is None else Path(out)
     return measure(adapter, fingerprint(model, tokenizer), asked, setting, place, table, name)
+
+
+def _adapted(model: Transformer | Adapter, tokenizer: Tokenizer) -> Any:
+    """The model as lm-eval calls one."""
+    from gemstill.model.adapter import Adapter
+
+    if isinstance(model, Adapter):
+        from gemstill.evaluation.foreign import ForeignAdapter
+
+        return ForeignAdapter(model, tokenizer)
+    from gemstill.evaluation.adapter import Adapter as OurAdapter
+
+    return OurAdapter(model, tokenizer)
 
 
 def asked_of(tasks: str | Sequence[str], shots: int | None = None) -> list[Asked]:
@@ -196,7 +210,7 @@ def _write(results: dict[str, Any], out: Path) -> None:
     write(out / RESULTS, as_json({key: value for key, value in results.items() if key != SAMPLES}, 2))
 
 
-def fingerprint(model: Transformer, tokenizer: Tokenizer) -> str:
+def fingerprint(model: Transformer | Adapter, tokenizer: Tokenizer) -> str:
     """Tells one model from another by its network, tokenizer, precision and up to 65,536 values of each weight."""
     import torch
 

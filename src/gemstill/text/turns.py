@@ -47,10 +47,30 @@ def render_turns(
     token that is spelled out in what is said has a mark within, so that it stays text. Raises Error as `encode_turns`.
     """
     layout, _, contents = _laid_out(tokenizer, messages, add_generation_prompt)
-    if not add_generation_prompt:
-        said = [place for place, part in enumerate(layout) if isinstance(part, Slot)]
-        layout = layout[: said[-1] + 1]
+    layout = layout if add_generation_prompt else _left_open(layout)
     return "".join(part if isinstance(part, str) else _marked(tokenizer, part.fill(contents)) for part in layout)
+
+
+def render_with(
+    template: str,
+    tokens: tuple[tuple[str, str], ...],
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The conversation as any model's chat template has it, as one string: what `transformers` makes of it.
+
+    tokens: bos_token and others by name. Without add_generation_prompt the last message is left open. A control token
+    that is spelled out in what is said will be read as one.
+
+    Raises:
+        Error: roles that do not alternate, contents that are not text, a template that fails, or takes too much time
+            or memory.
+    """
+    case, contents = _read(messages, add_generation_prompt)
+    layout = list(templates.layout(template, case, tokens))
+    layout = layout if add_generation_prompt else _left_open(layout)
+    return "".join(part if isinstance(part, str) else part.fill(contents) for part in layout)
 
 
 def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -59,6 +79,12 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
     for part in tokenizer.split_controls(text):
         ids += tokenizer.encode(_MARKED.sub(r"\1", part)) if isinstance(part, str) else [part]
     return ids
+
+
+def _left_open(layout: Layout) -> Layout:
+    """The layout up to what is said last."""
+    said = [place for place, part in enumerate(layout) if isinstance(part, Slot)]
+    return layout[: said[-1] + 1] if said else layout
 
 
 def _marked(tokenizer: Tokenizer, said: str) -> str:

@@ -1,0 +1,128 @@
+"""A model of `transformers` as lm-eval calls one: lm-eval's own `hf` backend (HFLM), with its log-likelihoods cheaper.
+
+What a request means is that backend's to say: how a text becomes tokens, with BOS in front or without, as the model's
+own tokenizer has it; the windows of a rolling perplexity; how texts are written, in batches padded on the left. Two
+things are ours. Contexts to score are packed into rows, none padded, none seeing another; those that differ in their
+last token alone are computed once, and only positions that are asked for reach the head. And a chat template is
+rendered in a process of its own, as that of every model here (gemstill.text.template).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemstill.checkpoint.foreign import library_tokenizer
+from gemstill.core.errors import Error
+from gemstill.evaluation.adapter import MAX_GEN_TOKS, Scored, room_for
+from gemstill.evaluation.scoring import Score
+from gemstill.evaluation.tasks import quiet
+from gemstill.evaluation.trie import Text
+from gemstill.model.adapter import Adapter
+from gemstill.model.readout import Scores
+from gemstill.text.tokenizer import Tokenizer
+from gemstill.text.turns import render_with
+
+try:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ImportError as error:
+    fix = "pip install 'gemstill[eval,transformers]'"
+    raise Error(f"models of other architectures need more packages ({error})", where="eval", fix=fix) from error
+
+AT_ONCE = 8  # texts that are written together
+
+
+class ForeignAdapter(Scored, HFLM):  # type: ignore[misc]
+    """What lm-eval calls a model, of one that is `transformers`' own.
+
+    context: tokens that a text may have, 0 for as many as the model is made for. batch_tokens: computed at once when
+    texts are scored, 0 for a good number. truncated: texts so far that were longer than the context.
+
+    Raises:
+        Error: the tokenizer cannot be opened by `transformers`.
+    """
+
+    def __init__(self, model: Adapter, tokenizer: Tokenizer, *, context: int = 0, batch_tokens: int = 0) -> None:
+        with quiet():
+            super().__init__(
+                model.eval().model,
+                backend="causal",
+                tokenizer=library_tokenizer(tokenizer),
+                max_length=context or None,
+                mixed_precision_dtype=model.compute_dtype,
+                batch_size=AT_ONCE,
+            )
+        self.network, self.batch_tokens, self.truncated = model, batch_tokens, 0
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as a prompt. Raises Error for a model without a chat template, or one that refuses it."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str):
+            fix = "take a model tuned for chat"
+            raise Error("has no chat template, so it is not asked in turns", where=self.network.config.family, fix=fix)
+        named = sorted(self.tokenizer.special_tokens_map.items())
+        tokens = tuple((name, token) for name, token in named if isinstance(token, str))
+        return render_with(template, tokens, chat_history, add_generation_prompt=add_generation_prompt)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context. Raises Error for max_gen_toks that leave the context no room."""
+        for request in requests:
+            context, options = request.args
+            room = room_for(self.max_length, normalize_gen_kwargs(options, MAX_GEN_TOKS)["max_gen_toks"])
+            self.truncated += len(self.tok_encode(context)) > room
+        texts: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return texts
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each whole text, in windows of the context that share no predicted token."""
+        answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return answers
+
+    def _score(self, texts: Sequence[Text]) -> Iterator[Score]:
+        device = self.network.head.device
+        budget = self.batch_tokens or (1024 if device.type == "cpu" else 8192)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number, text in enumerate(texts):
+            alike.setdefault(tuple(text.tokens[:-1]), []).append(number)
+        for row in _rows(sorted(alike, key=len, reverse=True), budget):
+            asked: list[tuple[int, int, int]] = []  # a place in the row, the token that is asked for there, the text
+            start = 0
+            for context in row:
+                for number in alike[context]:
+                    tokens, count = texts[number]
+                    first = len(context) - count
+                    asked += [(start + first + at, tokens[first + 1 + at], number) for at in range(count)]
+                start += len(context)
+            yield from self._compute(row, asked)
+
+    @torch.inference_mode()
+    def _compute(self, row: list[tuple[int, ...]], asked: list[tuple[int, int, int]]) -> Iterator[Score]:
+        """The score of each text of a row, whose places are all in `asked`, one text after the other."""
+        device = self.network.head.device
+        places, ids, numbers = np.array(asked, np.int64).T
+        distinct, rows = np.unique(places, return_inverse=True)
+        readout = Scores(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (distinct, rows, ids)))
+        tokens = torch.tensor([[token for context in row for token in context]], device=device)
+        documents = torch.tensor([[place for place, context in enumerate(row) for _ in context]], device=device)
+        logprobs, likeliest = self.network(tokens, documents=documents, readout=readout)
+        edges = np.flatnonzero(np.diff(numbers)) + 1
+        for some in np.split(np.arange(len(numbers)), edges):
+            yield Score(int(numbers[some[0]]), float(logprobs[some].sum()), bool(likeliest[some].all()))
+
+
+def _rows(contexts: Sequence[tuple[int, ...]], budget: int) -> Iterator[list[tuple[int, ...]]]:
+    """Contexts in rows of at most `budget` tokens, a longer one in a row of its own."""
+    row: list[tuple[int, ...]] = []
+    size = 0
+    for context in contexts:
+        if row and size + len(context) > budget:
+            yield row
+            row, size = [], 0
+        row.append(context)
+        size += len(context)
+    if row:
+        yield row
