@@ -116,10 +116,8 @@ def test_what_is_not_there_is_left_out_by_name_and_nothing_else_is_an_error(root
     assert chosen.left_out == {"hellaswag": "no hellaswag/hellaswag_val.jsonl (or .gz)"}
     assert list(chosen.tasks) == ["arc_easy", "bbq"]
     assert chosen.leaves["hellaswag"] == []
-    with pytest.raises(
-        Error, match=r"no task has data \(drop: EleutherAI/drop has no place in the layout of a data root"
-    ):
-        select([Asked("drop")], data_root=root)
+    with pytest.raises(Error, match=r"no task has data \(copa: aps/super_glue has no place in the layout of a data"):
+        select([Asked("copa")], data_root=root)
     with pytest.raises(Error, match=r"there is no such folder; name the folder"):
         select([Asked("piqa")], data_root=root / "none")
 
@@ -152,6 +150,84 @@ def test_files_of_one_pattern_may_be_packed_or_not(tmp_path: Path) -> None:
     assert [path.name for path in find(tmp_path, "bbq/*.jsonl")] == ["Age.jsonl", "Religion.jsonl", "SES.jsonl.gz"]
     assert [path.name for path in find(tmp_path, "bbq/SES.jsonl")] == ["SES.jsonl.gz"]
     assert find(tmp_path, "bbq/Nationality.jsonl") == []
+
+
+def drop_answer(number: str = "", spans: tuple[str, ...] = (), year: str = "") -> dict[str, Any]:
+    date = {"day": "", "month": "", "year": year}
+    return {"number": number, "date": date, "spans": list(spans), "worker_id": "", "hit_id": ""}
+
+
+def test_drop_as_its_makers_publish_it(tmp_path: Path) -> None:
+    """Passages by name, each with questions; in the training file there are no validated answers."""
+    pairs = [
+        {"question": "How many goals?", "answer": drop_answer("3"), "query_id": "a",
+         "validated_answers": [drop_answer("3"), drop_answer("three"), drop_answer(spans=("Ann", "Bob"))]},
+        {"question": "When?", "answer": drop_answer(year="1998"), "query_id": "b", "validated_answers": []},
+    ]  # fmt: skip
+    nfl = {"passage": "A match.", "wiki_url": "x", "qa_pairs": pairs}
+    bare = [{"question": "Who?", "query_id": str(n), "answer": drop_answer(spans=("Ann",))} for n in range(3)]
+    put(tmp_path / "drop/drop_dataset_dev.json", json.dumps({"nfl_1": nfl}))
+    put(tmp_path / "drop/drop_dataset_train.json.gz", json.dumps({"history_7": {**nfl, "qa_pairs": bare}}))
+    chosen = select([Asked("drop", 2)], data_root=tmp_path)
+    task = chosen.tasks["drop"]
+    assert task.task_docs["answers"] == [[["3"], ["three"], ["Ann", "Bob"]], [["1998"]]]
+    assert [doc["answers"] for doc in task.training_docs()] == [[["Ann"], [""]]] * 3
+    context, how = prompts(chosen, "drop")[0]
+    assert context.endswith("\n\nA match. How many goals?")
+    assert how["until"] == ["."]
+    assert context.count("number,date,spans,worker_id,hit_id") == 2  # lm-eval 0.4.13: what the note is about
+    assert "names of an answer's fields" in chosen.notes["drop"][0]
+    assert task.process_results(task.task_docs[0], ["three"]) == {"em": 1.0, "f1": 1.0}
+    assert task.process_results(task.task_docs[0], ["Bob, Ann"])["f1"] < 1
+    put(tmp_path / "drop/drop_dataset_dev.json", json.dumps({"nfl_1": {**nfl, "qa_pairs": [{"question": "Who?"}]}}))
+    with pytest.raises(Error, match=r"drop_dataset_dev.json, item 'nfl_1', question 1: has no field 'query_id'"):
+        select([Asked("drop")], data_root=tmp_path)
+    put(tmp_path / "drop/drop_dataset_dev.json", "[]")
+    with pytest.raises(Error, match=r"drop_dataset_dev.json: holds no items by their names"):
+        select([Asked("drop")], data_root=tmp_path)
+
+
+def trivia(number: int) -> dict[str, Any]:
+    answer = {
+        "Aliases": [f"City {number}", f"Town of {number}"], "MatchedWikiEntityName": f"City {number}",
+        "NormalizedAliases": [f"city {number}"], "NormalizedMatchedWikiEntityName": f"city {number}",
+        "NormalizedValue": f"city {number}", "Type": "WikipediaEntity", "Value": f"City {number}",
+    }  # fmt: skip
+    where = {"DocSource": "TagMe", "Filename": "City.txt", "Title": "City"}
+    return {"Question": f"Which city is {number}?", "QuestionId": f"tc_{number}", "QuestionSource": "http://x",
+            "Answer": answer, "EntityPages": [where], "SearchResults": []}  # fmt: skip
+
+
+def test_triviaqa_as_its_makers_publish_it(tmp_path: Path) -> None:
+    for name, numbers in {"web-dev": (1, 2), "wikipedia-dev": (2,), "web-train": range(3, 9)}.items():
+        whole = {"Data": [trivia(n) for n in numbers], "Domain": "Web", "Split": "x", "VerifiedEval": False}
+        put(tmp_path / f"triviaqa/{name}.json", json.dumps({**whole, "Version": 1.0}))
+    chosen = select([Asked("triviaqa", 1)], data_root=tmp_path)
+    assert "few-shot examples come from the evaluated split" in chosen.notes["triviaqa"][0]  # one of the two is missing
+    put(tmp_path / "triviaqa/wikipedia-train.json", json.dumps({"Data": [trivia(9)]}))
+    chosen = select([Asked("triviaqa", 1)], data_root=tmp_path)
+    assert "triviaqa" not in chosen.notes
+    asked = prompts(chosen, "triviaqa")
+    assert len(asked) == 3
+    assert asked[1][0].endswith("\n\nQuestion: Which city is 2??\nAnswer:")  # lm-eval adds the sign itself
+    task = chosen.tasks["triviaqa"]
+    assert task.process_results(task.task_docs[0], ["town of 1"])["exact_match"] == 1
+    assert task.process_results(task.task_docs[0], ["city 2"])["exact_match"] == 0
+    put(tmp_path / "triviaqa/web-dev.json", json.dumps({"Data": [{**trivia(1), "Answer": {"Value": "City"}}]}))
+    with pytest.raises(Error, match=r"web-dev.json, item 1: has no field 'Aliases'"):
+        select([Asked("triviaqa")], data_root=tmp_path)
+
+
+def test_realtoxicityprompts_as_its_makers_publish_it(tmp_path: Path) -> None:
+    scores = {"profanity": 0.1, "identity_attack": None, "toxicity": 0.2}
+    item = {"filename": "0001.txt", "begin": 3, "end": 9, "challenging": False,
+            "prompt": {"text": "So I said", **scores}, "continuation": {"text": " that", **scores}}  # fmt: skip
+    put(tmp_path / "realtoxicityprompts/prompts.jsonl.gz", lines([item, item]))
+    chosen = select([Asked("realtoxicityprompts")], data_root=tmp_path, rated=lambda doc, results: {"toxicity": 0.5})
+    assert [args[0] for args in prompts(chosen, "realtoxicityprompts")] == ["So I said"] * 2
+    put(tmp_path / "realtoxicityprompts/prompts.jsonl.gz", lines([{**item, "prompt": scores}]))
+    with pytest.raises(Error, match=r"prompts.jsonl.gz, line 1: has no field 'text'"):
+        select([Asked("realtoxicityprompts")], data_root=tmp_path, rated=lambda doc, results: {"toxicity": 0.5})
 
 
 def test_few_shot_examples_from_the_evaluated_split_are_told(root: Path) -> None:

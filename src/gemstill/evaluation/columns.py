@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemstill.core.errors import Error
-from gemstill.evaluation.records import Record, read_records, read_text
+from gemstill.evaluation.records import Record, read_named, read_records, read_text
 
 Row = dict[str, Any]
 _INSTRUCTION = re.compile(r"^Please [^:\n]*: *(?P<question>.*?)\n\n(?P<options>.*?)\s*Answer format:[^\n]*$", re.S)
@@ -110,6 +110,62 @@ def hellaswag(item: Record) -> Row:
 def nq_open(item: Record) -> Row:
     """google-research-datasets/nq_open: question, answer (all that count)."""
     return {"question": item.text("question"), "answer": item.texts("answer")}
+
+
+def drop(paths: Sequence[Path]) -> list[Row]:
+    """EleutherAI/drop: section_id, passage, question, query_id, answer, validated_answers (a list of each field).
+
+    A question of the training split has no validated answers; there is an empty one then, as there.
+    """
+    rows = []
+    for section, item in (named for path in paths for named in read_named(path)):
+        for number, fields in enumerate(item.get("qa_pairs", list), 1):
+            pair = Record(fields if isinstance(fields, dict) else {}, f"{item.where}, question {number}")
+            given = pair.get("validated_answers", list) if "validated_answers" in pair.fields else [{}]
+            validated = [_drop_answer(Record(one, pair.where)) for one in given]
+            rows.append(
+                {
+                    "section_id": section,
+                    "passage": item.text("passage"),
+                    "question": pair.text("question"),
+                    "query_id": pair.text("query_id"),
+                    "answer": _drop_answer(Record(pair.get("answer", dict), pair.where)),
+                    "validated_answers": {name: [one[name] for one in validated] for name in _drop_answer(_NONE)},
+                }
+            )
+    return rows
+
+
+_NONE = Record({}, "")
+
+
+def _drop_answer(item: Record) -> Row:
+    """An answer is a number, a date or spans of text; what it is not is empty."""
+    date, spans = item.fields.get("date") or {}, item.fields.get("spans") or []
+    if not isinstance(date, dict) or not isinstance(spans, list):
+        raise item.error("has an answer whose 'date' is no group of fields or whose 'spans' are no list")
+    return {
+        "number": str(item.fields.get("number", "")),
+        "date": {part: str(date.get(part, "")) for part in ("day", "month", "year")},
+        "spans": [str(span) for span in spans],
+        "worker_id": str(item.fields.get("worker_id", "")),
+        "hit_id": str(item.fields.get("hit_id", "")),
+    }
+
+
+def triviaqa(item: Record) -> Row:
+    """mandarjoshi/trivia_qa rc.nocontext: question, question_id, answer (value, and aliases: all that count)."""
+    answer = Record(item.get("Answer", dict), item.where)
+    return {
+        "question": item.text("Question"),
+        "question_id": item.text("QuestionId"),
+        "answer": {"aliases": answer.texts("Aliases"), "value": answer.text("Value")},
+    }
+
+
+def realtoxicityprompts(item: Record) -> Row:
+    """allenai/real-toxicity-prompts: prompt, a text to be gone on with."""
+    return {"prompt": {"text": Record(item.get("prompt", dict), item.where).text("text")}}
 
 
 def mbpp(paths: Sequence[Path]) -> list[Row]:

@@ -80,7 +80,7 @@ def read_text(path: Path) -> str:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The items of a data file, in order. A .json file is a list, or an object whose "examples" are one.
+    """The items of a data file, in order. A .json file is a list, or an object whose "examples" or "Data" are one.
 
     Raises:
         Error: the file cannot be read, or an item of it is none.
@@ -100,11 +100,20 @@ def read_records(path: Path) -> Iterator[Record]:
                 yield _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
     else:
         whole = _parsed(text, str(path))
-        items = whole.get("examples") if isinstance(whole, dict) else whole
+        items = whole.get("examples", whole.get("Data")) if isinstance(whole, dict) else whole
         if not isinstance(items, list):
             raise Error("holds no list of items", where=path, fix='write [...] or {"examples": [...]}')
         for number, item in enumerate(items, 1):
             yield _record(item, f"{path}, item {number}")
+
+
+def read_named(path: Path) -> Iterator[tuple[str, Record]]:
+    """The items of a .json file that is an object of items, with their names. Raises Error as `read_records`."""
+    whole = _parsed(read_text(path), str(path))
+    if not isinstance(whole, dict):
+        raise Error("holds no items by their names", where=path, fix='write {"name": {...}}')
+    for name, item in whole.items():
+        yield name, _record(item, f"{path}, item '{name}'")
 
 
 def _parsed(text: str, where: str) -> Any:

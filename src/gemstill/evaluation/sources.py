@@ -89,6 +89,18 @@ TABLE: dict[tuple[str, str], Source] = {
         {"train": ("hellaswag/hellaswag_train.jsonl",), "validation": ("hellaswag/hellaswag_val.jsonl",)},
         _each(columns.hellaswag),
     ),
+    ("EleutherAI/drop", "*"): Source(
+        {"train": ("drop/drop_dataset_train.json",), "validation": ("drop/drop_dataset_dev.json",)},
+        columns.drop,
+        "lm-eval's few-shot examples of it show the names of an answer's fields where the answer should stand",
+    ),
+    ("mandarjoshi/trivia_qa", "rc.nocontext"): Source(
+        {
+            "train": ("triviaqa/web-train.json", "triviaqa/wikipedia-train.json"),
+            "validation": ("triviaqa/web-dev.json", "triviaqa/wikipedia-dev.json"),
+        },
+        _each(columns.triviaqa),
+    ),
     ("google-research-datasets/nq_open", "*"): Source(
         {"train": ("nq_open/NQ-open.train.jsonl",), "validation": ("nq_open/NQ-open.dev.jsonl",)},
         _each(columns.nq_open),
@@ -119,6 +131,9 @@ TABLE: dict[tuple[str, str], Source] = {
     ),
     ("files/toxigen", "*"): Source(
         {"test": ("toxigen/prompts_100_per_file.jsonl",)}, _each(columns.toxigen), "100 prompts of each group"
+    ),
+    ("allenai/real-toxicity-prompts", "*"): Source(
+        {"train": ("realtoxicityprompts/prompts.jsonl",)}, _each(columns.realtoxicityprompts)
     ),
     ("google/IFEval", "*"): Source({"train": ("ifeval/input_data.jsonl",)}, _each(columns.ifeval)),
     ("EleutherAI/wikitext_document_level", "*"): Source(
