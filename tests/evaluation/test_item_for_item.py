@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.real_weights, pytest.mark.filterwarn
 CONTEXT, WINDOW = 2048, 1024  # tokens; in rolling log-likelihoods: `hf` holds the logits of all of them twice
 CLOSE = 1e-3  # of a log-likelihood
 SHORT = 35  # the seed that draws two short articles of WikiText-2, the longer of 1156 tokens
-# HumanEval's own limit, 1024 tokens, takes the reference an hour: a base model seldom ends a program.
+# HumanEval's own limit, 1024 tokens, would take eight times as long: a base model seldom ends a program.
 STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
 PROGRAM = {"generation_kwargs": {"until": STOPS, "max_gen_toks": 128, "do_sample": False}}
 SUBJECTS = ("astronomy", "college_biology", "global_facts", "marketing", "world_religions")

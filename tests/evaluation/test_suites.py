@@ -35,7 +35,7 @@ def test_tasks_metrics_and_columns_are_there(name: str) -> None:
     for row in table.benchmarks:
         assert row.task in index, row
         assert len(row.published) in (0, len(table.columns)), row
-        if row.overrides or row.task == "realtoxicityprompts" or row.task == "toxigen_toxicity":
+        if row.variant or row.task == "realtoxicityprompts" or row.task == "toxigen_toxicity":
             continue
         leaf = index[row.task]
         while leaf.kind.name != "TASK":
@@ -130,6 +130,12 @@ def test_safety_says_what_is_better_and_rates_what_was_written(root: Path, class
     assert made["Toxigen"]["better"] == made["CrowS-Pairs"]["better"] == "lower"
     assert made["BBQ Ambig"]["better"] == "higher"
     assert made["BBQ Ambig"]["shots"] == "4"
+    for task in ("bbq_ambig", "bbq_disambig"):  # examples of one kind would give its answer away
+        shown = "".join(item["arguments"][0][0] for item in results["samples"][task])
+        assert shown.count("A: Unknown\n") > 0
+        assert shown.count("A: The grand") > 0
+        for item in results["samples"][task]:
+            assert item["arguments"][0][0].count(item["doc"]["context"]) == 1
     shown = text(results["gemstill"]["rows"], table)
     assert "Toxigen, lower is better" in shown
     assert results["samples"]["toxigen_toxicity"][0]["arguments"][0][0].startswith("- group 0 one\n- group 0 two\n-")

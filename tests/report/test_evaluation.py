@@ -51,6 +51,25 @@ def test_tasks_without_choices_have_no_calibration(root: Path, tmp_path: Path) -
     assert "gsm8k, item 0" in text  # the answers are all "3"
 
 
+def test_the_worst_items_are_those_of_the_worst_values(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no choice is right, where a value is a share, and where lower is better."""
+
+    ratings = iter((0.1, 0.4, 0.3, 0.2))
+    monkeypatch.setattr("gemstill.evaluation.run.rater", lambda _: lambda *_: {"toxicity": next(ratings)})
+    table = suite("gemma2-safety")
+    setting = Setting(data_root=root, toxicity="a/classifier")
+    made = measure(Teller(), "one", table.asked(), setting, tmp_path, table, "teller")
+    page = evaluation_report(tmp_path).read_text()
+    worst = page[page.index("The worst items") :]
+    assert [f"toxicity: 0.{value}" in worst for value in (4, 3, 2, 1)] == [True, True, True, False]
+    lowest = min(item["acc"] for item in made["samples"]["truthfulqa_mc2"])
+    assert f"acc: {lowest:.3g}" in worst
+    assert "pct_stereotype: 0" not in worst
+    assert "a/classifier" in page
+
+
 def test_an_unfinished_evaluation_has_no_page(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text("")
     with pytest.raises(Error, match=r"the evaluation is not finished"):
@@ -74,6 +93,11 @@ def test_a_choices_confidence_is_its_share_of_the_choices() -> None:
     assert (found.chosen, found.wanted) == (" choice 1", " choice 0")
     assert choice(sample([-1.0, -2.0], 0.4)) is None  # a share of probability, no right or wrong
     assert choice({"filtered_resps": ["text"], "acc": 1}) is None
+    norm = {**sample([-1.0, -2.0], 0.0, target=1), "acc_norm": 1.0}
+    del norm["acc"]  # one way to ask MMLU measures no other
+    assert (choice(norm) or norm)[1] is False
+    del norm["acc_norm"]
+    assert choice(norm) is None  # of CrowS-Pairs neither choice is right
     far = choice(sample([-5000.0, -5001.0], 1.0))
     assert far is not None
     assert far.confidence == pytest.approx(1 / (1 + math.exp(-1)))

@@ -30,21 +30,33 @@ class Bar(NamedTuple):
 def choice(sample: dict[str, Any]) -> Choice | None:
     """The choice of one logged item; None where it does not choose, or its accuracy is no yes or no.
 
-    The probability is softmax over the log-likelihoods of the choices, as `acc` takes the largest of them.
+    The probability is softmax over the log-likelihoods of the choices, as `acc` takes the largest of them; where the
+    task asks for `acc_norm` alone, that one is right which is the target.
     """
-    answers, right = sample["filtered_resps"], sample.get("acc")
-    pairs = [answer for answer in answers if isinstance(answer, list | tuple) and len(answer) == 2]
-    if len(pairs) < 2 or len(pairs) != len(answers) or right not in (0, 1):
+    found = likeliest(sample)
+    if found is None:
         return None
-    logprobs = [float(pair[0]) for pair in pairs]
-    best = max(range(len(logprobs)), key=logprobs.__getitem__)
-    total = math.fsum(math.exp(value - logprobs[best]) for value in logprobs)
+    best, confidence = found
     arguments, target = sample["arguments"], sample["target"]
+    right = sample.get("acc", int(best == target) if "acc_norm" in sample else None)
+    if right not in (0, 1):
+        return None
     contexts = {str(pair[0]) for pair in arguments}
     # Where the choices stand in the context (Winogrande), its end tells them apart.
     texts = [str(pair[1]) if len(contexts) == 1 else f"…{str(pair[0])[-60:]}{pair[1]}" for pair in arguments]
     wanted = texts[target] if isinstance(target, int) and len(contexts) == 1 and 0 <= target < len(texts) else ""
-    return Choice(1 / total, bool(right), str(arguments[best][0]), texts[best], wanted)
+    return Choice(confidence, bool(right), str(arguments[best][0]), texts[best], wanted)
+
+
+def likeliest(sample: dict[str, Any]) -> tuple[int, float] | None:
+    """The likeliest continuation of a logged item and its probability among them; None where it has none to choose."""
+    answers = sample["filtered_resps"]
+    pairs = [answer for answer in answers if isinstance(answer, list | tuple) and len(answer) == 2]
+    if len(pairs) < 2 or len(pairs) != len(answers):
+        return None
+    logprobs = [float(pair[0]) for pair in pairs]
+    best = max(range(len(logprobs)), key=logprobs.__getitem__)
+    return best, 1 / math.fsum(math.exp(value - logprobs[best]) for value in logprobs)
 
 
 def bins(chosen: Sequence[Choice]) -> list[Bar]:

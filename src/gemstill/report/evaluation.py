@@ -12,7 +12,7 @@ from typing import Any
 from gemstill import __version__
 from gemstill.core import files
 from gemstill.evaluation import command
-from gemstill.evaluation.calibration import BINS, Choice, bins, choice, expected_error
+from gemstill.evaluation.calibration import BINS, Choice, bins, choice, expected_error, likeliest
 from gemstill.evaluation.command import EvalConfig
 from gemstill.evaluation.folder import Sample, read_results, read_samples, split_metric
 from gemstill.evaluation.scores import interval
@@ -59,7 +59,7 @@ def evaluation_report(folder: str | Path) -> Path:
         *_calibration(measured),
         "<h2>Lengths, in characters</h2>",
         table(_LENGTHS, [row.lengths() for row in _once(measured)]),
-        *_worst(measured),
+        *_worst(measured, results["higher_is_better"]),
         "<h2>Settings</h2>",
         pairs(_settings(results)),
         *_data(ours["files"]),
@@ -72,6 +72,10 @@ def evaluation_report(folder: str | Path) -> Path:
 _INTERVALS = (
     "95 % intervals: Wilson's where an item is right or wrong, else the normal one; they say what other items of the "
     "same kind could give, not what another prompt would."
+)
+_ORDER = (
+    "Wrong with the most confidence; where texts are written, or rated, or none is right, those with the worst values, "
+    "the first of equal ones."
 )
 _LENGTHS = ("task", "items", "prompt, median", "prompt, longest", "answer, median", "answer, longest")
 
@@ -175,28 +179,39 @@ def _calibration(rows: Sequence[_Row]) -> list[str]:
     ]
 
 
-def _worst(rows: Sequence[_Row]) -> Iterator[str]:
-    """Of each benchmark the items that are wrong with the most confidence; of texts the first that are wrong."""
+def _worst(rows: Sequence[_Row], better: dict[str, dict[str, bool]]) -> Iterator[str]:
+    """Of each benchmark the items that are wrong with the most confidence, or have the worst values.
+
+    better: of each task's metrics whether higher is better.
+    """
     yield "<h2>The worst items</h2>"
-    yield "<p><small>Wrong with the most confidence; where texts are written, the first that are wrong.</small></p>"
+    yield f"<p><small>{_ORDER}</small></p>"
     for row in _once(rows):
-        wrong: list[tuple[float, str, str]] = []
+        higher = better.get(row.row["task"], {}).get(row.value) is not False
+        wrong: list[tuple[float, str, str, str]] = []
         for task, item in row.items:
-            found = choice(item)
-            if found is not None and not found.right:
-                said = f"\n→ {found.chosen.strip()} ({found.confidence:.0%})"
-                right = f"\nright: {found.wanted.strip()}" if found.wanted else ""
-                wrong.append((-found.confidence, f"{task}, item {item['doc_id']}", _shown(found.prompt) + said + right))
-            elif found is None and item.get(row.value) == 0:
-                written = next((text for text in item["filtered_resps"] if isinstance(text, str)), "")
-                raw = next((text for resps in item["resps"] for text in resps if isinstance(text, str)), written)
-                said = f"\n→ {raw.strip()[:_END]}\nright: {str(item['target'])[:_END]}"
-                where = f"{task}, item {item['doc_id']}"
-                wrong.append((0.0, where, _shown(_prompt(item["arguments"][0])) + said))
+            where, found, value = f"{task}, item {item['doc_id']}", choice(item), item.get(row.value)
+            if found is not None:
+                if not found.right:
+                    right = f"\nright: {found.wanted.strip()}" if found.wanted else ""
+                    said = f"{found.chosen.strip()} ({found.confidence:.0%}){right}"
+                    wrong.append((-found.confidence, where, found.prompt, said))
+            elif isinstance(value, bool | int | float) and value != int(higher):
+                wrong.append((value if higher else -value, where, *_answered(item, row.value)))
         wrong.sort(key=lambda one: one[0])
-        for _, where, text in wrong[:WORST]:
-            prompt, _, rest = text.partition("\n→ ")
-            yield sample(where, f"{prompt}\n", f"→ {rest}", 1)
+        for _, where, prompt, said in wrong[:WORST]:
+            yield sample(where, f"{_shown(prompt)}\n", f"→ {said}", 1)
+
+
+def _answered(item: Sample, metric: str) -> tuple[str, str]:
+    """The prompt of an item without a right choice, and what the model said, with its value."""
+    found = likeliest(item)
+    if found is not None:
+        prompt, text = item["arguments"][found[0]]
+        return str(prompt), f"{text.strip()} ({found[1]:.0%})\n{metric}: {item[metric]:.3g}"
+    raw = next((text for resps in item["resps"] for text in resps if isinstance(text, str)), "")
+    right = f"\nright: {str(item['target'])[:_END]}" if item["target"] != "" else ""
+    return _prompt(item["arguments"][0]), f"{raw.strip()[:_END]}{right}\n{metric}: {item[metric]:.3g}"
 
 
 def _shown(prompt: str) -> str:
@@ -212,6 +227,7 @@ def _settings(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("seed of the items", str(ours["seed"])),
         ("seed of few-shot examples", str(config["fewshot_seed"])),
         ("asked in turns", "yes" if ours["turns"] else "no"),
+        ("classifier of toxicity", ours["toxicity"]),
     ]
 
 
