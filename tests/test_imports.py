@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "gemstill"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "gemstill"
 FILES = sorted(SOURCE.rglob("*.py"))
 # Top to bottom: a room may import from rooms below it, never from one above.
 ROOMS = [
@@ -114,3 +115,11 @@ def test_public_names_are_all_there() -> None:
         assert name in dir(gemstill)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         gemstill.lod  # noqa: B018
+
+
+def test_nothing_that_is_ignored_is_kept() -> None:
+    """A link to an environment, committed, would replace the real one wherever the commit is checked out."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no repository: an unpacked archive")
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(listed, capture_output=True, text=True, check=True).stdout == ""
