@@ -139,9 +139,9 @@ def _notes(ours: dict[str, Any]) -> list[str]:
 
 
 def _subjects(rows: Sequence[_Row]) -> Iterator[str]:
-    """The tasks of each group."""
+    """The tasks of each group, where they have more than an item each."""
     for row in rows:
-        if len(row.leaves) < 2:
+        if len(row.leaves) < 2 or len(row.items) <= len(row.leaves):
             continue
         found = []
         for leaf in row.leaves:
