@@ -6,6 +6,7 @@ its slot: S is the capacity for a global layer, and a little more than the windo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from gemstill.core.errors import Error
 from gemstill.model.config import ModelConfig
 from gemstill.ops.attention import Mask, make_mask
+from gemstill.ops.blocks import empty
 
 # A ring keeps so many tokens more than its window: so many, and one, can be taken back, and as many rows of one
 # text can be stored before the first of them has looked.
@@ -32,6 +34,13 @@ def blocks_of(head_dim: int) -> int:
 
 def _widened(scales: Tensor, head_dim: int) -> Tensor:
     return scales.repeat_interleave(BLOCK, -1)[..., :head_dim]
+
+
+def _room(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Not zeroed: pages that no token has touched then cost no memory."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return empty(math.prod(shape[:3]), shape[3], dtype).view(shape)
 
 
 def ring(config: ModelConfig, layer: int, capacity: int) -> int:
@@ -81,10 +90,10 @@ class SlotLayer:
     """
 
     def __init__(self, shape: tuple[int, int, int, int], window: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Not zeroed: pages that no token has touched then cost no memory.
-        self.tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
+        self.tensors = [_room(shape, dtype, device) for _ in range(2)]
         if dtype == torch.int8:
-            self.tensors += [torch.empty(*shape[:3], blocks_of(shape[3]), device=device) for _ in range(2)]
+            scales = (*shape[:3], blocks_of(shape[3]))
+            self.tensors += [_room(scales, torch.float32, device) for _ in range(2)]
         self.size, self.window = shape[2], window
 
     @property
@@ -133,7 +142,7 @@ class SlotLayer:
     def resize(self, keep: Sequence[int], slots: int, size: int, reached: Sequence[int]) -> None:
         """Have `slots` slots of `size` indices, the first with the reached[n] tokens that slots keep[n] have."""
         for number, old in enumerate(self.tensors):
-            new = old.new_empty(slots, old.shape[1], size, old.shape[3])
+            new = _room((slots, old.shape[1], size, old.shape[3]), old.dtype, old.device)
             for row, slot in enumerate(keep):
                 count = min(reached[row], size, self.size)
                 new[row, :, :count] = old[slot, :, :count]
@@ -149,7 +158,7 @@ class SlotCache:
     """The keys and values of `slots` texts of at most `capacity` tokens each, in every layer of a model.
 
     dtype: of keys and values, a float one or int8. lengths: tokens that each slot holds. layers: see SlotLayer; native
-    code reads and writes them in place.
+    code reads and writes them in place. shaped: how often `resize` has put them elsewhere.
 
     >>> cache = SlotCache(model.config, slots=4, capacity=2048)              # doctest: +SKIP
     >>> model(tokens, cache=cache.view(2))         # a prompt [1, T], whole or in chunks  # doctest: +SKIP
@@ -167,6 +176,7 @@ class SlotCache:
         self.config, self.slots, self.capacity, self.dtype = config, slots, capacity, dtype
         self.device = torch.device(device)
         self.lengths = [0] * slots
+        self.shaped = 0
         self._reached = [0] * slots  # the most tokens that each slot held since it was empty
         self.layers = [
             SlotLayer(
@@ -249,6 +259,7 @@ class SlotCache:
             if all(old == new < capacity for old, new in outgrown):
                 lengths[row] = self.lengths[slot]
                 reached[row] = self._reached[slot] if outgrown else self.lengths[slot]
+        self.shaped += 1
         for number, (layer, size) in enumerate(pairs):
             layer.resize(keep, slots, size, reached)
             layer.window = self.config.sliding_window if self.config.is_local(number) else capacity

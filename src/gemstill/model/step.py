@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from gemstill.core.errors import Error
 from gemstill.model.slots import SPARE, SlotCache
 from gemstill.model.transformer import Transformer
 from gemstill.ops.native import DTYPES, kernels
-from gemstill.ops.packed import FEW, Packed
+from gemstill.ops.packed import FEW, Packed, Weight
 
 assert FEW <= SPARE  # all rows of a text are stored before the first of them looks
 PLAIN = -1  # the kind of a weight that is a tensor: its dtype says the rest
@@ -55,9 +56,9 @@ class Step:
         # The threads of a step wait for one another, so all must run at once, which only OpenMP's are sure to do.
         self._together = "backend: OpenMP" in torch.__config__.parallel_info()
         self._known: list[Any] = []  # the weights of the last step
-        self._tensors: list[Tensor] = []
-        self._kinds: list[int] = []
-        self._ordinary = False
+        self._places: list[dict[str, Any]] = []  # where they were found
+        self._as: tuple[int, torch.dtype] | None = None  # the cache's shape and the compute dtype of the last step
+        self._network: Tensor | None = None  # all of that, as the native step takes it
 
     def __call__(
         self, tokens: Sequence[int], slots: Sequence[int], wanted: Sequence[int] | None = None
@@ -86,39 +87,52 @@ class Step:
             ends[slot] = positions[-1] + 1
         if max(ends.values()) > cache.capacity:
             raise Error(f"{max(ends.values())} tokens do not fit a cache of {cache.capacity}", where="model")
-        memory = [x for layer in cache.layers for x in layer.tensors]
-        rows = torch.tensor([list(tokens), list(slots), positions])
         asked = list(range(len(tokens)) if wanted is None else wanted)
-        logits = torch.empty(len(asked), self.model.config.vocab_size)
         with torch.no_grad():
-            done = self._look() and torch.ops.gemstill.step(
-                self._tensors, self._kinds, memory, self._windows, self._frequencies, self._shape,
-                self._constants(), rows, asked, logits,
-            )  # fmt: skip
-        if not done:
-            return None
+            network = self._look()
+            if network is None:
+                return None
+            logits = torch.empty(len(asked), self.model.config.vocab_size)
+            if not torch.ops.gemstill.step(network, list(tokens), list(slots), positions, asked, logits):
+                return None
         for slot, end in ends.items():
             cache.advance(slot, end - cache.lengths[slot])
         return logits
 
-    def _constants(self) -> list[float]:
-        config, weight = self.model.config, self._known[0]
-        dtype = self.model.compute_dtype or (torch.float32 if isinstance(weight, Packed) else weight.dtype)
+    def _look(self) -> Tensor | None:
+        """The network as it is now, for the native step; None where a weight is no tensor of the ordinary kind."""
+        # Once a token this is to cost little, and between two of them all that it looks at has left the caches.
+        found = list(map(dict.get, self._places, repeat("weight")))
+        same = bool(found) and all(map(operator.is_, found, self._known))
+        if not same or self._as != (self.cache.shaped, self._dtype(self._known[0])):
+            self._prepare()
+        return self._network
+
+    def _prepare(self) -> None:
+        weights = self._known = [module.weight for module in self._modules]
+        own = [module._parameters for module in self._modules]
+        self._places = [
+            place if place.get("weight") is not None else module.__dict__
+            for place, module in zip(own, self._modules, strict=True)
+        ]
+        tensors = [weight.data if isinstance(weight, Packed) else weight for weight in weights]
+        kinds = [weight.order.number if isinstance(weight, Packed) else PLAIN for weight in weights]
+        dtype = self._dtype(weights[0])
+        self._as, self._network = (self.cache.shaped, dtype), None
+        if all(type(x) in (Tensor, Parameter) for x in tensors):
+            memory = [x for layer in self.cache.layers for x in layer.tensors]
+            self._network = torch.ops.gemstill.step_network(
+                tensors, kinds, memory, self._windows, self._frequencies, self._shape, self._constants(dtype)
+            )
+
+    def _dtype(self, embedding: Weight) -> torch.dtype:
+        return self.model.compute_dtype or (torch.float32 if isinstance(embedding, Packed) else embedding.dtype)
+
+    def _constants(self, dtype: torch.dtype) -> list[float]:
+        config = self.model.config
         scale = float(torch.tensor(math.sqrt(config.hidden_size), dtype=dtype))
         caps = (config.attn_logit_softcap or 0.0, config.final_logit_softcap or 0.0)
         return [config.rms_norm_eps, scale, config.query_pre_attn_scalar**-0.5, *caps]
-
-    def _look(self) -> bool:
-        """Take note of all weights as they are now; False where one is no tensor of the ordinary kind."""
-        # A module's own look-up of a parameter takes ten times as long, and there are hundreds.
-        parameters = [module._parameters.get("weight") for module in self._modules]
-        found = [m.weight if weight is None else weight for m, weight in zip(self._modules, parameters, strict=True)]
-        if len(found) != len(self._known) or not all(map(operator.is_, found, self._known)):
-            self._known = found
-            self._tensors = [weight.data if isinstance(weight, Packed) else weight for weight in found]
-            self._kinds = [weight.order.number if isinstance(weight, Packed) else PLAIN for weight in found]
-            self._ordinary = all(type(weight) in (Tensor, Parameter) for weight in self._tensors)
-        return self._ordinary
 
 
 def _parts(layer: torch.nn.Module) -> list[Any]:

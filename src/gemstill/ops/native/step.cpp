@@ -1,5 +1,8 @@
 // The next tokens of a few texts in one call: embedding, layers, head; ops of model/step.py.
 
+#include <memory>
+#include <utility>
+
 #include "step_network.h"
 
 namespace gemstill {
@@ -88,7 +91,7 @@ void Step::attend_to_all(const Member& me, const Layer& layer) {
     attention_out_.take(attended_.data(), m);
   };
   each_part(
-      me, int64_t(plan.parts.size()) * G, 1,
+      me, int64_t(plan.parts.size()) * G, 1, output,
       [&](int64_t begin, int64_t end, int64_t stop) {
         for (int64_t i = begin; i < end; i++) attend(i, i + 1 < stop ? first_key<T>(layer, i + 1) : output);
       },
@@ -114,8 +117,11 @@ void Step::feed_forward(const Member& me, size_t number) {
   each_rows(
       me, {&layer.gate}, first_of(me, {&layer.down}),
       [&](const Matrix& gate, int64_t begin, int64_t end, const Ahead& ahead) {
-        multiply(gate, feed_forward_in_(gate), begin, end, gate_.data() + begin, I, ahead);
-        multiply(layer.up, feed_forward_in_(layer.up), begin, end, hidden_.data() + begin, I, {ahead.stop, ahead.next + LATER});
+        // Now these rows of one matrix, now of the other.
+        const uint8_t* next = end < std::min(ahead.stop, gate.N) ? weights_from(gate, end) : ahead.next;
+        const uint8_t* other = weights_from(layer.up, begin);
+        multiply(gate, feed_forward_in_(gate), begin, end, gate_.data() + begin, I, {end, other});
+        multiply(layer.up, feed_forward_in_(layer.up), begin, end, hidden_.data() + begin, I, {end, next});
         for (int64_t m = 0; m < n; m++) {
           const float* x = gate_.data() + m * I;
           float* y = hidden_.data() + m * I;
@@ -163,41 +169,40 @@ namespace {
 
 using namespace gemstill;
 
-// The weights, in the order of model/step.py; kinds: below 0 for a tensor of floats.
-class Reader {
- public:
-  Reader(const std::vector<Tensor>& weights, const std::vector<int64_t>& kinds) : weights_(weights), kinds_(kinds) {}
+// A network as it was read from tensors. The weights are kept, and those that are no packed matrices may be given other
+// memory; the cache's are not, so that they can be freed.
+struct Prepared {
+  std::vector<Tensor> weights;
+  Tensor frequencies;
+  int64_t slots;
+  Network network;
+  std::vector<std::pair<size_t, Matrix*>> plain;  // the numbers of their tensors
+  bool tied;
 
-  Gain gain(int64_t size) {
-    const Matrix found = matrix(1, size);
-    readable = readable && is_plain(found.kind);
-    return {found.data, found.kind == Kind::float32};
+  // False where one of them cannot be read in its place.
+  bool look() {
+    for (const auto& [number, to] : plain) {
+      const Tensor& x = weights[number];
+      const bool wide = x.scalar_type() == ScalarType::Float, narrow = x.scalar_type() == ScalarType::BFloat16;
+      if (!(wide || narrow) || !x.is_cpu() || !x.is_contiguous() || x.numel() != to->N * to->K) return false;
+      to->kind = wide ? Kind::float32 : Kind::bfloat16;
+      to->data = pointer<uint8_t>(x);
+    }
+    if (tied) network.head = network.embedding;
+    return true;
   }
-  Matrix matrix(int64_t N, int64_t K) {
-    const Tensor& x = weights_[at_];
-    const int64_t packed = kinds_[at_++];
-    if (packed >= 0) return {Kind(packed), pointer<uint8_t>(x), N, K};
-    const bool wide = x.scalar_type() == ScalarType::Float;
-    const bool narrow = x.scalar_type() == ScalarType::BFloat16;
-    readable = readable && (wide || narrow) && x.is_cpu() && x.is_contiguous() && x.numel() == N * K;
-    return {wide ? Kind::float32 : Kind::bfloat16, pointer<uint8_t>(x), N, K};
-  }
-
-  bool readable = true;  // all that were read can be, where they lie
-
- private:
-  const std::vector<Tensor>& weights_;
-  const std::vector<int64_t>& kinds_;
-  size_t at_ = 0;
 };
 
-// shape: D, I, H, G, d, V, layers, and whether there are qk norms and a head of its own. constants: eps, the scales of
-// embedding and queries, soft caps or 0 of attention and logits. cache: keys and values [slots, G, size, d] of each
-// layer, of int8 their scales, too; windows: of each layer, 0 for a global one.
-Network network_of(Reader& read, const std::vector<Tensor>& cache, const std::vector<int64_t>& windows,
-                   const Tensor& frequencies, const std::vector<int64_t>& shape,
-                   const std::vector<double>& constants) {
-  Network N{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
+// weights: in the order of model/step.py; kinds: below 0 for a tensor of floats. shape: D, I, H, G, d, V, layers, and
+// whether there are qk norms and a head of its own. constants: eps, the scales of embedding and queries, soft caps or 0
+// of attention and logits. cache: keys and values [slots, G, size, d] of each layer, of int8 their scales, too; windows:
+// of each layer, 0 for a global one. Gives a Prepared in a tensor of bytes.
+Tensor step_network(std::vector<Tensor> weights, std::vector<int64_t> kinds, std::vector<Tensor> cache,
+                    std::vector<int64_t> windows, Tensor frequencies, std::vector<int64_t> shape,
+                    std::vector<double> constants) {
+  auto made = std::make_unique<Prepared>(Prepared{std::move(weights), frequencies, cache[0].size(0)});
+  Network& N = made->network;
+  N.D = shape[0], N.I = shape[1], N.H = shape[2], N.G = shape[3], N.d = shape[4], N.V = shape[5];
   const int64_t layers = shape[6], D = N.D, heads = N.H * N.d, groups = N.G * N.d;
   N.qk_norm = shape[7];
   N.cache = cache[0].scalar_type();
@@ -208,24 +213,37 @@ Network network_of(Reader& read, const std::vector<Tensor>& cache, const std::ve
   N.softcap = constants[3];
   N.final_softcap = constants[4];
   N.frequencies = pointer<float>(frequencies);
-  N.embedding = read.matrix(N.V, D);
-  for (int64_t i = 0; i < layers; i++) {
-    Layer layer{};
-    layer.input = read.gain(D);
-    layer.q = read.matrix(heads, D);
-    layer.k = read.matrix(groups, D);
-    layer.v = read.matrix(groups, D);
-    if (N.qk_norm) {
-      layer.q_norm = read.gain(N.d);
-      layer.k_norm = read.gain(N.d);
+  size_t at = 0;
+  const auto read = [&](Matrix& to, int64_t rows, int64_t columns) {
+    to = {Kind::float32, nullptr, rows, columns};
+    if (kinds[at] < 0) {
+      made->plain.push_back({at, &to});
+    } else {
+      STD_TORCH_CHECK(rows > 1, "a packed gain");
+      to.kind = Kind(kinds[at]);
+      to.data = pointer<uint8_t>(made->weights[at]);
     }
-    layer.o = read.matrix(D, heads);
-    layer.post_attention = read.gain(D);
-    layer.pre_feedforward = read.gain(D);
-    layer.gate = read.matrix(N.I, D);
-    layer.up = read.matrix(N.I, D);
-    layer.down = read.matrix(D, N.I);
-    layer.post_feedforward = read.gain(D);
+    at++;
+  };
+  read(N.embedding, N.V, D);
+  N.layers.resize(layers);
+  for (int64_t i = 0; i < layers; i++) {
+    Layer& layer = N.layers[i];
+    read(layer.input, 1, D);
+    read(layer.q, heads, D);
+    read(layer.k, groups, D);
+    read(layer.v, groups, D);
+    if (N.qk_norm) {
+      read(layer.q_norm, 1, N.d);
+      read(layer.k_norm, 1, N.d);
+    }
+    read(layer.o, D, heads);
+    read(layer.post_attention, 1, D);
+    read(layer.pre_feedforward, 1, D);
+    read(layer.gate, N.I, D);
+    read(layer.up, N.I, D);
+    read(layer.down, D, N.I);
+    read(layer.post_feedforward, 1, D);
     const Tensor* kept = &cache[tensors * i];
     layer.keys = kept[0].data_ptr();
     layer.values = kept[1].data_ptr();
@@ -236,30 +254,33 @@ Network network_of(Reader& read, const std::vector<Tensor>& cache, const std::ve
     layer.size = kept[0].size(2);
     layer.local = windows[i] > 0;
     layer.window = layer.local ? windows[i] : layer.size;
-    N.layers.push_back(layer);
   }
-  N.norm = read.gain(D);
-  N.head = shape[8] ? read.matrix(N.V, D) : N.embedding;
-  return N;
+  read(N.norm, 1, D);
+  made->tied = !shape[8];
+  if (made->tied) {
+    N.head = N.embedding;
+  } else {
+    read(N.head, N.V, D);
+  }
+  const int64_t size[] = {sizeof(Prepared)}, stride[] = {1};
+  return torch::stable::from_blob(made.release(), {size, 1}, {stride, 1}, frequencies.device(), ScalarType::Byte,
+                                  [](void* x) { delete static_cast<Prepared*>(x); });
 }
 
-// rows: [3, n] int64: tokens, slots, positions. logits: [wanted, V] float. False, and nothing is done, where a weight
-// cannot be read in its place.
-bool step(std::vector<Tensor> weights, std::vector<int64_t> kinds, std::vector<Tensor> cache,
-          std::vector<int64_t> windows, Tensor frequencies, std::vector<int64_t> shape, std::vector<double> constants,
-          Tensor rows, std::vector<int64_t> wanted, Tensor logits) {
-  Reader read(weights, kinds);
-  const Network network = network_of(read, cache, windows, frequencies, shape, constants);
-  if (!read.readable) return false;
-  const int64_t n = rows.size(1);
-  const int64_t* data = pointer<int64_t>(rows);
+// The next tokens of a few texts, each with its slot and position. logits: [wanted, V] float. False, and nothing is
+// done, where a weight cannot be read in its place.
+bool step(Tensor network, std::vector<int64_t> tokens, std::vector<int64_t> slots, std::vector<int64_t> positions,
+          std::vector<int64_t> wanted, Tensor logits) {
+  Prepared& prepared = *static_cast<Prepared*>(network.data_ptr());
+  if (!prepared.look()) return false;
+  const int64_t n = int64_t(tokens.size());
   for (int64_t m = 0; m < n; m++) {
-    STD_TORCH_CHECK(data[m] >= 0 && data[m] < network.V, "a token outside the vocabulary");
-    STD_TORCH_CHECK(data[n + m] >= 0 && data[n + m] < cache[0].size(0), "no such slot");
+    STD_TORCH_CHECK(tokens[m] >= 0 && tokens[m] < prepared.network.V, "a token outside the vocabulary");
+    STD_TORCH_CHECK(slots[m] >= 0 && slots[m] < prepared.slots, "no such slot");
   }
-  const Rows these{n, data, data + n, data + 2 * n, wanted};
+  const Rows these{n, tokens.data(), slots.data(), positions.data(), wanted};
   const int64_t threads = torch::stable::get_num_threads();
-  Step job(network, these, pointer<float>(logits), threads);
+  Step job(prepared.network, these, pointer<float>(logits), threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { job.run({begin, end}); });
   return true;
 }
@@ -267,8 +288,12 @@ bool step(std::vector<Tensor> weights, std::vector<int64_t> kinds, std::vector<T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gemstill, m) {
-  m.def("step(Tensor[] weights, int[] kinds, Tensor[] cache, int[] windows, Tensor frequencies, int[] shape, "
-        "float[] constants, Tensor rows, int[] wanted, Tensor(a!) logits) -> bool");
+  m.def("step_network(Tensor[] weights, int[] kinds, Tensor[] cache, int[] windows, Tensor frequencies, int[] shape, "
+        "float[] constants) -> Tensor");
+  m.def("step(Tensor network, int[] tokens, int[] slots, int[] positions, int[] wanted, Tensor(a!) logits) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemstill, CPU, m) { m.impl("step", TORCH_BOX(&step)); }
+STABLE_TORCH_LIBRARY_IMPL(gemstill, CPU, m) {
+  m.impl("step_network", TORCH_BOX(&step_network));
+  m.impl("step", TORCH_BOX(&step));
+}

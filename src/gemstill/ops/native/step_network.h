@@ -12,13 +12,9 @@ namespace gemstill {
 
 using torch::headeronly::ScalarType;
 
-struct Gain {  // of an RMSNorm, less one: [size] float or bfloat16
-  const void* data;
-  bool wide;
-};
-
 struct Layer {
-  Gain input, q_norm, k_norm, post_attention, pre_feedforward, post_feedforward;
+  // Gains of RMSNorms, less one: [1, size] float or bfloat16.
+  Matrix input, q_norm, k_norm, post_attention, pre_feedforward, post_feedforward;
   Matrix q, k, v, o, gate, up, down;
   void *keys, *values;                // [slots, G, size, d]
   float *key_scales, *value_scales;  // [slots, G, size, blocks of d], of int8
@@ -32,8 +28,7 @@ struct Network {
   ScalarType cache;  // Float, BFloat16 or Char
   double eps, embedding_scale, query_scale, softcap, final_softcap;
   const float* frequencies;  // [2, d / 2]: of global layers, of local ones
-  Matrix embedding, head;
-  Gain norm;
+  Matrix embedding, head, norm;
   std::vector<Layer> layers;
 };
 
@@ -49,11 +44,11 @@ void norm_of(const float* x, const T* gain, int64_t size, double eps, float* y) 
 }
 
 template <bool adds>
-void norm(const float* x, const Gain& gain, int64_t size, double eps, float* y) {
-  if (gain.wide) {
-    norm_of<float, adds>(x, static_cast<const float*>(gain.data), size, eps, y);
+void norm(const float* x, const Matrix& gain, int64_t size, double eps, float* y) {
+  if (gain.kind == Kind::float32) {
+    norm_of<float, adds>(x, reinterpret_cast<const float*>(gain.data), size, eps, y);
   } else {
-    norm_of<bfloat16, adds>(x, static_cast<const bfloat16*>(gain.data), size, eps, y);
+    norm_of<bfloat16, adds>(x, reinterpret_cast<const bfloat16*>(gain.data), size, eps, y);
   }
 }
 
@@ -90,6 +85,7 @@ class Inputs {
 };
 
 constexpr int64_t PART = 1 << 16;  // bytes of weights that a thread takes at least
+constexpr int64_t MEANWHILE = 1 << 18;  // bytes that it asks for at most while it waits for others
 
 struct Rows {  // the n tokens of a step: several of one slot follow one another
   int64_t n;
@@ -170,15 +166,16 @@ class Step {
   }
 
   // f(begin, end, stop) for parts of [0, count), then after(m) for every token: of one alone in the member that was
-  // last, since the others would only wait for it.
+  // last, since the others would only wait for it. later: what this member reads next.
   template <class F, class G>
-  void each_part(const Member& me, int64_t count, int64_t least, const F& f, const G& after) {
-    team_.share(me, count, least, f, [&] { if (rows_.n == 1) after(0); });
+  void each_part(const Member& me, int64_t count, int64_t least, const void* later, const F& f, const G& after) {
+    const Stretch next{static_cast<const uint8_t*>(later), later ? MEANWHILE : 0};
+    team_.share(me, count, least, f, [&] { if (rows_.n == 1) after(0); }, next);
     if (rows_.n > 1) each(me, rows_.n, after);
   }
 
   // f(matrix, begin, end, ahead) for parts of the rows of all matrices, so large that handing them out costs little;
-  // then after(m) for every token. later: what this member reads next.
+  // then after(m) for every token.
   template <class F, class G>
   void each_rows(const Member& me, const Matrices& matrices, const uint8_t* later, const F& f, const G& after) {
     const int64_t bytes[] = {4, 2, 1, 1, 1, 1, 1};
@@ -187,7 +184,7 @@ class Step {
       panels += panels_of(*matrix);
       least = std::max(least, PART / (PANEL * matrix->K * bytes[int(matrix->kind)]));
     }
-    each_part(me, panels, least, [&](int64_t begin, int64_t end, int64_t stop) {
+    each_part(me, panels, least, later, [&](int64_t begin, int64_t end, int64_t stop) {
       for (size_t i = 0; i < matrices.size() && end > 0; i++) {
         const Matrix& matrix = *matrices[i];
         const int64_t count = panels_of(matrix), last = std::min(end, count);

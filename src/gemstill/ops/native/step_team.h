@@ -11,6 +11,11 @@
 
 namespace gemstill {
 
+struct Stretch {  // of memory
+  const uint8_t* data = nullptr;
+  int64_t size = 0;
+};
+
 struct Member {  // stands for shares [first, last) of those that parallel_for hands out
   int64_t first, last;
 };
@@ -25,16 +30,16 @@ class Team {
   // Calls f(begin, end, stop) for parts of [0, count), each in some member, which goes on up to `stop`; then after() in
   // one of them. All has ended when this returns. Every member calls this, with the same job. Each has a range of its
   // own and goes through it in order, in parts that become shorter, down to `least`; who is ready helps the others from
-  // their ends.
+  // their ends, and, when there is nothing left to do, asks for `next`.
   template <class F, class G>
-  void share(const Member& me, int64_t count, int64_t least, const F& f, const G& after) {
+  void share(const Member& me, int64_t count, int64_t least, const F& f, const G& after, const Stretch& next = {}) {
     if (me.last - me.first == shares_) {
       f(0, count, count);
       after();
       return;
     }
     for (int64_t i = 0; i < shares_; i++) work(me, (me.first + i) % shares_, count, least, f);
-    wait(me, after);
+    wait(me, after, next);
   }
 
  private:
@@ -58,7 +63,7 @@ class Team {
   }
 
   template <class G>
-  void wait(const Member& me, const G& after) {
+  void wait(const Member& me, const G& after, const Stretch& next) {
     const uint32_t turn = turn_.load(std::memory_order_relaxed);
     const int64_t own = me.last - me.first;
     if (arrived_.fetch_add(own, std::memory_order_acq_rel) + own == shares_) {
@@ -68,8 +73,11 @@ class Team {
       turn_.store(turn + 1, std::memory_order_release);
       return;
     }
+    int64_t asked = 0;
     for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; spins++) {
-      if (spins > 4000) {
+      if (asked < next.size) {
+        for (const int64_t stop = asked + 256; asked < stop; asked += 64) __builtin_prefetch(next.data + asked, 0, 2);
+      } else if (spins > 4000) {
         std::this_thread::yield();  // the processor is shared: whoever is waited for may want it
       } else {
 #if defined(__x86_64__)
