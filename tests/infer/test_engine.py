@@ -594,3 +594,7 @@ def test_likeliest_and_largest_are_torchs() -> None:
                 top, where = largest(values, count)
                 assert torch.equal(top, values.topk(count).values)
                 assert torch.equal(values[where], top)
+        for where in {0, size // 2, size - 1}:
+            values[where] = torch.nan
+            assert likeliest(values) == int(values.argmax())
+            values[where] = 0

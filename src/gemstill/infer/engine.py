@@ -21,7 +21,7 @@ from gemstill.core.errors import Error
 from gemstill.core.notices import note
 from gemstill.infer.config import check_cache
 from gemstill.infer.request import Answer, Request, Token
-from gemstill.infer.sampling import largest
+from gemstill.infer.sampling import largest, likeliest
 from gemstill.infer.slots import Slots
 from gemstill.model.readout import last_logits, logits
 from gemstill.model.step import Step
@@ -337,7 +337,8 @@ class Engine:
     def _take(self, answer: Answer, row: Tensor) -> None:
         """Draw an answer's next token from its logits [V] float32, which are overwritten."""
         request, logprobs = answer.request, None
-        if not bool(row.amax().isfinite()):
+        drawn = likeliest(row)
+        if not bool(row[drawn].isfinite()):
             fix = "compute in float32 or bfloat16: float16 overflows in some models"
             self._end(answer, "error", Error("the model's logits are no numbers", where="generate", fix=fix))
             return
@@ -345,7 +346,8 @@ class Engine:
             logprobs = row.log_softmax(0)
         if request.banned is not None:
             row[request.banned] = -torch.inf
-        drawn = answer.sampler.draw(row)
+        if request.banned is not None or not answer.sampler.plain:  # else a pass over the logits is saved
+            drawn = answer.sampler.draw(row)
         if drawn in request.ends:
             self._end(answer, "end")
             return

@@ -43,6 +43,12 @@ class Sampler:
         if self.sampling.repetition_penalty != 1:
             self._seen.update(ids)
 
+    @property
+    def plain(self) -> bool:
+        """Whether it draws the likeliest token, as the logits are."""
+        s = self.sampling
+        return s.repetition_penalty == 1 and (s.temperature == 0 or s.top_k == 1)
+
     def draw(self, logits: Tensor) -> int:
         """The id of one token drawn from logits [vocab] float32, which it may overwrite; -inf: must not come."""
         s = self.sampling
@@ -115,7 +121,10 @@ class Sampler:
 
 
 def likeliest(logits: Tensor) -> int:
-    """The index of the largest of logits [n], the first among equals, as torch.argmax, which reads them slowly."""
+    """The index of the largest of logits [n], the first among equals, as torch.argmax, which reads them slowly.
+
+    A NaN counts as larger than all numbers.
+    """
     whole = len(logits) // BLOCK * BLOCK
     if whole == 0:
         return int(logits.argmax())
@@ -124,7 +133,7 @@ def likeliest(logits: Tensor) -> int:
     best = block * BLOCK + int(grid[block].argmax())
     if whole < len(logits):
         last = whole + int(logits[whole:].argmax())
-        return last if logits[last] > logits[best] else best
+        return best if logits[last] <= logits[best] or logits[best].isnan() else last
     return best
 
 
