@@ -165,8 +165,9 @@ def hugging(folder: Path, threads: int) -> Side:
 
 def measure(kind: str, jobs: list[str], sides: dict[str, Side], rounds: int, config: ModelConfig) -> list[Row]:
     """The rows of one format: each job by all programs in turn."""
-    rows, machine = [], probe()
+    rows: list[Row] = []
     for job in jobs:
+        machine = probe(fresh=True)  # memory's rate changes where others share it
         rates = {name: side.choose(job) for name, side in sides.items()}
         print(kind, job, {name: round(rate, 2) for name, rate in rates.items()}, flush=True)
         able = [name for name, rate in rates.items() if rate > 0]

@@ -10,8 +10,8 @@ namespace gemstill {
 constexpr int64_t SPLIT = 256;  // keys of a part at most
 constexpr int64_t STEP = 2 * LANES;
 constexpr int HEADS = 4;  // that read a key together
-// Keys that are read together, from places far apart: memory answers several streams faster than one.
-constexpr int STREAMS = LANES == 16 ? 4 : 2;
+// Keys that are read together, from places far apart: memory answers two streams faster than one.
+constexpr int STREAMS = 2;
 
 // Keys of a part, where `count` are seen: a few parts at least, so that all threads have some.
 inline int64_t part_of(int64_t count) {
@@ -111,6 +111,14 @@ void order_back(const float* x, int64_t d, float* to) {
   std::copy(x + k, x + d, to + k);
 }
 
+// What is read after all of a part's keys, or values, and what is some rows behind those at `now`: the former may not
+// have come so far.
+template <class T>
+void ask(const T* later, const T* now) {
+  __builtin_prefetch(later, 0, 3);
+  __builtin_prefetch(now + AHEAD / sizeof(T), 0, 3);
+}
+
 // scores[r * SPLIT + j * apart] = query r times key j of J, `apart` from one another. ahead: the first of as many numbers
 // that are read later, and asked for.
 template <class T, int R, int J>
@@ -125,7 +133,7 @@ void scores_of(const float* queries, const Ring<T>& keys, int64_t apart, const T
     Floats a[J], b[J];
 #pragma GCC unroll 4
     for (int j = 0; j < J; j++) {
-      __builtin_prefetch(ahead + j * apart * d + k, 0, 2);
+      ask(ahead + j * apart * d + k, keys.data + j * apart * d + k);
       keys.numbers_at(j * apart, k, a[j], b[j]);
     }
 #pragma GCC unroll 4
@@ -161,7 +169,7 @@ void add_values(const float* weights, const Ring<T>& values, int64_t apart, int6
     for (int64_t i = 0; i < count; i++) {
 #pragma GCC unroll 4
       for (int j = 0; j < J; j++) {
-        __builtin_prefetch(ahead + (j * apart + i) * d + k, 0, 2);
+        ask(ahead + (j * apart + i) * d + k, values.data + (j * apart + i) * d + k);
         Floats a, b;
         values.numbers_at(j * apart + i, k, a, b);
 #pragma GCC unroll 4
