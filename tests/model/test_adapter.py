@@ -206,3 +206,26 @@ def test_what_is_no_model_and_tokens_of_a_wrong_shape() -> None:
         Adapter(torch.nn.Linear(3, 3))
     with pytest.raises(Error, match=r"\[6\] are not"):
         Adapter(build("llama"))(torch.zeros(6, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_row_that_is_a_tree_gives_what_each_of_its_paths_gives(kind: str, attention: str) -> None:
+    """Two roots, the first with three branches of one beginning; windows of three tokens among the networks."""
+    model = build(kind)
+    if kind != "gemma2":
+        model.set_attn_implementation(attention)
+    tokens = torch.randint(0, VOCAB, (1, 16), generator=torch.Generator().manual_seed(2))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 5, 4, 0, 1, 2, 3]])
+    ends = torch.tensor([[12, 12, 12, 12, 7, 7, 7, 11, 10, 10, 11, 12, 16, 16, 16, 16]])
+    with torch.no_grad():
+        found = Adapter(model)(tokens, branches=(positions, ends))
+        for path in (
+            [0, 1, 2, 3, 4, 5, 6],
+            [0, 1, 2, 3, 7, 8, 9],
+            [0, 1, 2, 3, 7, 10],
+            [0, 1, 2, 3, 11],
+            [12, 13, 14, 15],
+        ):
+            known = model(input_ids=tokens[:, path]).logits
+            torch.testing.assert_close(found[:, path], known, rtol=1e-4, atol=1e-4)

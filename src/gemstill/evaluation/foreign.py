@@ -2,8 +2,8 @@
 
 What a request means is that backend's to say: how a text becomes tokens, with BOS in front or without, as the model's
 own tokenizer has it; the windows of a rolling perplexity; how texts are written, in batches padded on the left. Two
-things are ours. Contexts to score are packed into rows, none padded, none seeing another; those that differ in their
-last token alone are computed once, and only positions that are asked for reach the head. And a chat template is
+things are ours. Contexts to score become a trie whose branches are packed into rows, none padded: a beginning that
+contexts share stands in a row once, and only positions that are asked for reach the head. And a chat template is
 rendered in a process of its own, as that of every model here (gemstill.text.template).
 """
 
@@ -12,17 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from gemstill.checkpoint.foreign import library_tokenizer
 from gemstill.core.errors import Error
 from gemstill.evaluation.adapter import MAX_GEN_TOKS, Scored, room_for
-from gemstill.evaluation.scoring import Score
+from gemstill.evaluation.scoring import Row, Score, filled, gather
 from gemstill.evaluation.tasks import quiet
-from gemstill.evaluation.trie import Text
+from gemstill.evaluation.trie import Node, Text, grow
 from gemstill.model.adapter import Adapter
-from gemstill.model.readout import Scores
 from gemstill.text.tokenizer import Tokenizer
 from gemstill.text.turns import render_with
 
@@ -83,46 +82,25 @@ class ForeignAdapter(Scored, HFLM):  # type: ignore[misc]
         return answers
 
     def _score(self, texts: Sequence[Text]) -> Iterator[Score]:
-        device = self.network.head.device
-        budget = self.batch_tokens or (1024 if device.type == "cpu" else 8192)
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for number, text in enumerate(texts):
-            alike.setdefault(tuple(text.tokens[:-1]), []).append(number)
-        for row in _rows(sorted(alike, key=len, reverse=True), budget):
-            asked: list[tuple[int, int, int]] = []  # a place in the row, the token that is asked for there, the text
-            start = 0
-            for context in row:
-                for number in alike[context]:
-                    tokens, count = texts[number]
-                    first = len(context) - count
-                    asked += [(start + first + at, tokens[first + 1 + at], number) for at in range(count)]
-                start += len(context)
-            yield from self._compute(row, asked)
+        budget = self.batch_tokens or (1024 if self.network.head.device.type == "cpu" else 8192)
+        rows = filled(list(_pieces(grow(texts).children, budget)), budget)
+        return gather(texts, (self._read(Row.of(branches)) for branches in rows))
 
     @torch.inference_mode()
-    def _compute(self, row: list[tuple[int, ...]], asked: list[tuple[int, int, int]]) -> Iterator[Score]:
-        """The score of each text of a row, whose places are all in `asked`, one text after the other."""
+    def _read(self, row: Row) -> tuple[Row, Tensor, Tensor]:
         device = self.network.head.device
-        places, ids, numbers = np.array(asked, np.int64).T
-        distinct, rows = np.unique(places, return_inverse=True)
-        readout = Scores(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (distinct, rows, ids)))
-        tokens = torch.tensor([[token for context in row for token in context]], device=device)
-        documents = torch.tensor([[place for place, context in enumerate(row) for _ in context]], device=device)
-        logprobs, likeliest = self.network(tokens, documents=documents, readout=readout)
-        edges = np.flatnonzero(np.diff(numbers)) + 1
-        for some in np.split(np.arange(len(numbers)), edges):
-            yield Score(int(numbers[some[0]]), float(logprobs[some].sum()), bool(likeliest[some].all()))
+        tokens, positions, ends = (torch.from_numpy(x).to(device) for x in (row.tokens, row.positions, row.ends))
+        # A text by itself needs no mask, which for a long one would be larger than all else.
+        branches = None if bool((ends == len(tokens)).all()) else (positions[None], ends[None])
+        return row, *self.network(tokens[None], branches=branches, readout=row.readout(device))
 
 
-def _rows(contexts: Sequence[tuple[int, ...]], budget: int) -> Iterator[list[tuple[int, ...]]]:
-    """Contexts in rows of at most `budget` tokens, a longer one in a row of its own."""
-    row: list[tuple[int, ...]] = []
-    size = 0
-    for context in contexts:
-        if row and size + len(context) > budget:
-            yield row
-            row, size = [], 0
-        row.append(context)
-        size += len(context)
-    if row:
-        yield row
+def _pieces(nodes: Sequence[Node], budget: int) -> Iterator[Node]:
+    """The branches of a trie, those of more tokens than `budget` in several that begin alike, as far as that goes."""
+    agenda = list(reversed(nodes))
+    while agenda:
+        node = agenda.pop()
+        if node.size <= budget or not node.children:
+            yield node
+        else:
+            agenda += reversed(node.divided(max(1, budget - len(node.tokens))))

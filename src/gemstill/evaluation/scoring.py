@@ -6,13 +6,14 @@ on from it is cut into passes of so many tokens: several branches in one row (ge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gemstill.evaluation.trie import Ask, Node, Text, grow
 from gemstill.model.branches import Branches, Trunk
@@ -42,16 +43,13 @@ def score(model: Transformer, texts: Sequence[Text], *, batch_tokens: int = 0) -
     dtype = model.compute_dtype or weight.dtype
     longest = max((len(text.tokens) - 1 for text in texts), default=0)
     trunk = Trunk(model.config, longest, dtype, weight.device)
-    sums, greedy, left = [0.0] * len(texts), [True] * len(texts), [text.asked for text in texts]
-    for one in _passes(root, budget):
-        trunk.cut(one.trunk)
-        asks, logprobs, likeliest = _compute(model, trunk, one)
-        for ask, logprob, is_likeliest in zip(asks, logprobs, likeliest, strict=True):
-            sums[ask.text] += logprob
-            greedy[ask.text] &= is_likeliest
-            left[ask.text] -= 1
-            if not left[ask.text]:
-                yield Score(ask.text, sums[ask.text], greedy[ask.text])
+
+    def read() -> Iterator[tuple[Row, Tensor, Tensor]]:
+        for one in _passes(root, budget):
+            trunk.cut(one.trunk)
+            yield _compute(model, trunk, one)
+
+    yield from gather(texts, read())
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def _passes(root: Node, budget: int) -> Iterator[_Pass]:
             yield _Pass(held, [piece], keep=True)
             held += piece.size
         light, heavy = _parted(node.children, budget)
-        yield from (_Pass(held, branches) for branches in _filled(light, budget))
+        yield from (_Pass(held, branches) for branches in filled(light, budget))
         agenda += [(held, other) for other in reversed(heavy)]
 
 
@@ -92,7 +90,7 @@ def _parted(nodes: Sequence[Node], budget: int) -> tuple[list[Node], list[Node]]
     return light, heavy
 
 
-def _filled(nodes: Sequence[Node], budget: int) -> Iterator[list[Node]]:
+def filled(nodes: Sequence[Node], budget: int) -> Iterator[list[Node]]:
     """Nodes in groups of at most `budget` tokens."""
     group: list[Node] = []
     for node in nodes:
@@ -104,31 +102,72 @@ def _filled(nodes: Sequence[Node], budget: int) -> Iterator[list[Node]]:
         yield group
 
 
+@dataclass(frozen=True)
+class Row:
+    """Branches one behind the other, N tokens, and K log-probabilities that are asked for.
+
+    tokens, positions, ends: [N] int64; what goes on from a token lies before its end. parts: where each branch begins.
+    asks: [K]; places: [P] int64, the places in the row that they read, each once; which: [K] int64, the one of each.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    parts: list[int]
+    asks: list[Ask]
+    places: NDArray[np.int64]
+    which: NDArray[np.int64]
+
+    @staticmethod
+    def of(branches: Sequence[Node]) -> Row:
+        """The row of some branches."""
+        tokens: list[NDArray[np.int64]] = []
+        positions: list[NDArray[np.int64]] = []
+        ends: list[NDArray[np.int64]] = []
+        parts: list[int] = []
+        asks: list[Ask] = []
+        places: list[int] = []
+        at = 0
+        for branch in branches:
+            parts.append(at)
+            for node in branch.walk():
+                length = len(node.tokens)
+                tokens.append(node.tokens)
+                positions.append(np.arange(node.start, node.start + length))
+                ends.append(np.full(length, at + node.size))
+                asks += node.asks
+                places += [at + ask.place for ask in node.asks]
+                at += length
+        distinct, which = np.unique(np.array(places, np.int64), return_inverse=True)
+        flat = [np.concatenate(each) for each in (tokens, positions, ends)]
+        return Row(flat[0], flat[1], flat[2], parts, asks, distinct, which)
+
+    def readout(self, device: torch.device) -> Scores:
+        """What reads the row's log-probabilities."""
+        ids = np.array([ask.token for ask in self.asks], np.int64)
+        return Scores(*(torch.from_numpy(x).to(device) for x in (self.places, self.which, ids)))
+
+
+def gather(texts: Sequence[Text], read: Iterable[tuple[Row, Tensor, Tensor]]) -> Iterator[Score]:
+    """The score of each text as its last part comes. read: rows with what their readout gave, [K] each."""
+    sums, greedy, left = [0.0] * len(texts), [True] * len(texts), [text.asked for text in texts]
+    for row, logprobs, likeliest in read:
+        for ask, logprob, is_likeliest in zip(row.asks, logprobs.tolist(), likeliest.tolist(), strict=True):
+            sums[ask.text] += logprob
+            greedy[ask.text] &= is_likeliest
+            left[ask.text] -= 1
+            if not left[ask.text]:
+                yield Score(ask.text, sums[ask.text], greedy[ask.text])
+
+
 @torch.inference_mode()
-def _compute(model: Transformer, trunk: Trunk, one: _Pass) -> tuple[list[Ask], list[float], list[bool]]:
-    tokens: list[NDArray[np.int64]] = []
-    positions: list[NDArray[np.int64]] = []
-    ends: list[NDArray[np.int64]] = []
-    asks: list[Ask] = []
-    places: list[int] = []
-    edges, at = [0], 0
-    for branch in one.branches:
-        if at + branch.size - edges[-1] > TILE and at > edges[-1]:
-            edges.append(at)
-        for node in branch.walk():
-            length = len(node.tokens)
-            tokens.append(node.tokens)
-            positions.append(np.arange(node.start, node.start + length))
-            ends.append(np.full(length, at + node.size))
-            asks += node.asks
-            places += [at + ask.place for ask in node.asks]
-            at += length
-    edges.append(at)
-    device = trunk.device
-    row, where, until = (torch.from_numpy(np.concatenate(x)).to(device) for x in (tokens, positions, ends))
-    distinct, rows = np.unique(np.array(places, np.int64), return_inverse=True)
-    ids = torch.tensor([ask.token for ask in asks], dtype=torch.int64)
-    readout = Scores(*(x.to(device) for x in (torch.from_numpy(distinct), torch.from_numpy(rows), ids)))
+def _compute(model: Transformer, trunk: Trunk, one: _Pass) -> tuple[Row, Tensor, Tensor]:
+    row, device = Row.of(one.branches), trunk.device
+    edges = [0]
+    for start, branch in zip(row.parts, one.branches, strict=True):
+        if start + branch.size - edges[-1] > TILE and start > edges[-1]:
+            edges.append(start)
+    edges.append(len(row.tokens))
+    tokens, where, until = (torch.from_numpy(x).to(device) for x in (row.tokens, row.positions, row.ends))
     branches = Branches(trunk, where, until, edges, keep=one.keep)
-    logprobs, likeliest = model(row[None], positions=where[None], cache=branches, readout=readout)
-    return asks, logprobs.tolist(), likeliest.tolist()
+    return row, *model(tokens[None], positions=where[None], cache=branches, readout=row.readout(device))

@@ -148,22 +148,43 @@ class Adapter(nn.Module):
         tokens: Tensor,
         *,
         documents: Tensor | None = None,
+        branches: tuple[Tensor, Tensor] | None = None,
         readout: Readout | None = None,
     ) -> Any:
         """Run the network on tokens [B, T] int64; arguments and result are those of `Transformer.forward`.
 
         documents: [B, T] int64, equal for tokens of the same document, which must lie together; documents do not
-        see each other, and positions start anew in each.
+        see each other, and positions start anew in each. branches: instead, positions and ends [B, T] int64: a row
+        is a tree whose every token is seen by those behind it up to its end. For evaluation.
 
         Raises:
             Error: tokens that are not [B, T], or a compute_dtype wider than the weights.
         """
         if tokens.ndim != 2:
             raise Error(f"tokens of shape {list(tokens.shape)} are not [batch, time]", where=self.config.family)
-        positions = count_positions(torch.zeros_like(tokens) if documents is None else documents.long())
-        return (readout or logits)(self._hidden(tokens, positions), self.head, self.softcap)
+        if branches is not None:
+            positions, mask = branches[0], self._mask(*branches)
+        else:
+            positions, mask = count_positions(torch.zeros_like(tokens) if documents is None else documents.long()), None
+        return (readout or logits)(self._hidden(tokens, positions, mask), self.head, self.softcap)
 
-    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _mask(self, positions: Tensor, ends: Tensor) -> Tensor | dict[str, Tensor]:
+        """What is added to the scores of a row that is a tree, [B, 1, T, T], for each kind of layer that there is."""
+        places = torch.arange(positions.shape[1], device=positions.device)
+        seen = (places[:, None] >= places) & (places[:, None] < ends[:, None])
+        kinds = {"full_attention": seen}
+        if any(self.config.local_layers):
+            near = positions[:, :, None] - positions[:, None] < self.config.sliding_window
+            kinds = {"sliding_attention": seen & near} | ({} if all(self.config.local_layers) else kinds)
+        dtype = self.compute_dtype or self.head.dtype
+        lowest = torch.finfo(dtype).min
+        masks = {
+            kind: torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, lowest)[:, None]
+            for kind, sees in kinds.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _hidden(self, tokens: Tensor, positions: Tensor, mask: Any = None) -> Tensor:
         """The last hidden states [B, T, D] in the compute dtype."""
         stored = self.head.dtype
         dtype = self.compute_dtype or stored
@@ -172,7 +193,9 @@ class Adapter(nn.Module):
             raise Error(what.replace("torch.", ""), where=self.config.family, fix="open it with that dtype")
         # Without a mask and a cache, `transformers` finds the packed documents where positions start anew.
         with torch.autocast(tokens.device.type, dtype, enabled=dtype != stored):
-            out = self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True)
+            out = self.model.base_model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, return_dict=True
+            )
         hidden: Tensor = out.last_hidden_state
         return hidden.to(dtype)
 
