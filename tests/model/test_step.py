@@ -146,9 +146,9 @@ def test_a_cache_in_fewer_bits_is_the_one_that_forward_writes(config, dtype):
         for number, token in enumerate(tokens[0].tolist())
     ]
     assert (torch.stack(mixed) - plain).abs().max() < 0.02 * plain.abs().max()
-    ends = torch.tensor([20])
+    text_of = [0], torch.tensor([20]), 20, torch.float32
     for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
-        for x, y in zip(one.read([0], ends, torch.float32), other.read([0], ends, torch.float32), strict=True):
+        for x, y in zip(one.read(*text_of), other.read(*text_of), strict=True):
             torch.testing.assert_close(x, y, rtol=0.1, atol=0.1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gemstill.core.errors import Error
 from gemstill.model.config import ModelConfig
-from gemstill.ops.attention import Mask, make_mask
+from gemstill.ops import flex
+from gemstill.ops.attention import AnyMask, make_mask
 from gemstill.ops.blocks import empty
 
 # A ring keeps so many tokens more than its window: so many, and one, can be taken back, and as many rows of one
@@ -25,6 +26,7 @@ SPARE = 256
 
 
 BLOCK = 32  # numbers of a head that share a scale
+STEP = 512  # keys that are read at least where they are read in steps
 
 
 def blocks_of(head_dim: int) -> int:
@@ -36,10 +38,10 @@ def _widened(scales: Tensor, head_dim: int) -> Tensor:
     return scales.repeat_interleave(BLOCK, -1)[..., :head_dim]
 
 
-def _room(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Not zeroed: pages that no token has touched then cost no memory."""
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
+def _room(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, zeroed: bool) -> Tensor:
+    """Not zeroed without need: pages that no token has touched then cost no memory."""
+    if zeroed or device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     return empty(math.prod(shape[:3]), shape[3], dtype).view(shape)
 
 
@@ -48,12 +50,20 @@ def ring(config: ModelConfig, layer: int, capacity: int) -> int:
     return min(capacity, config.sliding_window + SPARE) if config.is_local(layer) else capacity
 
 
+def reach(count: int, size: int, stepped: bool) -> int:
+    """How many indices of a slot are looked at where `count` may be in use and `size` are there.
+
+    In steps, the next power of two: then GPU kernels and graphs see few shapes.
+    """
+    return min(max(STEP, 1 << (count - 1).bit_length()) if stepped else count, size)
+
+
 class LayerCache(Protocol):
     """One layer of a `Cache`."""
 
     def extend(
         self, keys: Tensor, values: Tensor, positions: Tensor, start: int, window: int | None
-    ) -> tuple[Tensor, Tensor, Mask]:
+    ) -> tuple[Tensor, Tensor, AnyMask]:
         """Take T new tokens; the keys and values that their queries may look at, and the mask of which sees which.
 
         keys, values: [n, G, T, d]; positions: [n, T]; start: tokens that the longest text held before. window: of
@@ -82,19 +92,24 @@ class Cache(Protocol):
 
 
 class SlotLayer:
-    """One layer's keys and values: [slots, num_kv_heads, S, head_dim] each; what was never written is undefined.
+    """One layer's keys and values: [slots, num_kv_heads, S, head_dim] each.
+
+    What was never written is undefined, but 0 where slots are read in steps (`stepped`): then all of it is read, and
+    multiplied by 0 where a query does not see it.
 
     Of dtype int8 each is kept as integers of [-127, 127] and, for each BLOCK numbers of a head, a float32 scale: the
     largest magnitude by 127. One scale for a whole head would do for values, but keys have entries far larger than
     the rest. tensors: keys, values, and for int8 their scales [slots, num_kv_heads, S, blocks].
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], window: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.tensors = [_room(shape, dtype, device) for _ in range(2)]
+    def __init__(
+        self, shape: tuple[int, int, int, int], window: int, dtype: torch.dtype, device: torch.device, stepped: bool
+    ) -> None:
+        self.tensors = [_room(shape, dtype, device, stepped) for _ in range(2)]
         if dtype == torch.int8:
             scales = (*shape[:3], blocks_of(shape[3]))
-            self.tensors += [_room(scales, torch.float32, device) for _ in range(2)]
-        self.size, self.window = shape[2], window
+            self.tensors += [_room(scales, torch.float32, device, stepped) for _ in range(2)]
+        self.size, self.window, self.stepped = shape[2], window, stepped
 
     @property
     def keys(self) -> Tensor:
@@ -115,16 +130,22 @@ class SlotLayer:
                 x = (x.float() / _widened(scales, x.shape[-1]).clamp_min(1e-30)).round()
             self.tensors[number][at] = x.to(self.keys.dtype)
 
-    def read(self, slots: Sequence[int], ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """What `slots` hold when they end before positions `ends` [n]: keys, values [n, G, m, d], positions [n, m].
-
-        A position is -1 where there is nothing; keys and values are finite there.
-        """
-        count = min(int(ends.max()), self.size)
+    def positions(self, ends: Tensor, count: int) -> Tensor:
+        """The positions [n, count] that the first indices of slots hold which end before `ends` [n]; -1: nothing."""
         last = ends[:, None] - 1
         # The latest token that belongs at each index. After a rewind an older one's index may hold a younger one,
         # which then stands for a token that no window reaches any more.
-        positions = (last - (last - torch.arange(count, device=ends.device)) % self.size).clamp(min=-1)
+        return (last - (last - torch.arange(count, device=ends.device)) % self.size).clamp(min=-1)
+
+    def read(
+        self, slots: Sequence[int], ends: Tensor, longest: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `slots` hold when they end before positions `ends` [n]: keys, values [n, G, m, d], positions [n, m].
+
+        longest: the largest of `ends`. A position is -1 where there is nothing; keys and values are finite there.
+        """
+        count = reach(longest, self.size, self.stepped)
+        positions = self.positions(ends, count)
         at = slice(slots[0], slots[0] + 1) if len(slots) == 1 else list(slots)  # a slice is no copy
         found = [x[at, :, :count].to(dtype) for x in self.tensors]
         if len(found) == 4:
@@ -139,10 +160,16 @@ class SlotLayer:
         for x in self.tensors:
             x[target, :, :count] = x[source, :, :count]
 
+    def clear(self, slot: int, first: int, last: int) -> None:
+        """Make the keys and values at positions [first, last) of a slot 0: what reads them may be another's text."""
+        at = torch.arange(first, min(last, first + self.size), device=self.keys.device) % self.size
+        for x in self.tensors:
+            x[slot].index_fill_(1, at, 0)
+
     def resize(self, keep: Sequence[int], slots: int, size: int, reached: Sequence[int]) -> None:
         """Have `slots` slots of `size` indices, the first with the reached[n] tokens that slots keep[n] have."""
         for number, old in enumerate(self.tensors):
-            new = _room((slots, old.shape[1], size, old.shape[3]), old.dtype, old.device)
+            new = _room((slots, old.shape[1], size, old.shape[3]), old.dtype, old.device, self.stepped)
             for row, slot in enumerate(keep):
                 count = min(reached[row], size, self.size)
                 new[row, :, :count] = old[slot, :, :count]
@@ -158,7 +185,8 @@ class SlotCache:
     """The keys and values of `slots` texts of at most `capacity` tokens each, in every layer of a model.
 
     dtype: of keys and values, a float one or int8. lengths: tokens that each slot holds. layers: see SlotLayer; native
-    code reads and writes them in place. shaped: how often `resize` has put them elsewhere.
+    code reads and writes them in place. shaped: how often `resize` has put them elsewhere. stepped: whether keys are
+    read in steps (see `reach`), by default on a GPU.
 
     >>> cache = SlotCache(model.config, slots=4, capacity=2048)              # doctest: +SKIP
     >>> model(tokens, cache=cache.view(2))         # a prompt [1, T], whole or in chunks  # doctest: +SKIP
@@ -172,9 +200,12 @@ class SlotCache:
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        *,
+        stepped: bool | None = None,
     ) -> None:
         self.config, self.slots, self.capacity, self.dtype = config, slots, capacity, dtype
         self.device = torch.device(device)
+        self.stepped = self.device.type != "cpu" if stepped is None else stepped
         self.lengths = [0] * slots
         self.shaped = 0
         self._reached = [0] * slots  # the most tokens that each slot held since it was empty
@@ -184,6 +215,7 @@ class SlotCache:
                 config.sliding_window if config.is_local(n) else capacity,
                 dtype,
                 self.device,
+                self.stepped,
             )
             for n in range(config.num_layers)
         ]
@@ -217,6 +249,8 @@ class SlotCache:
         """
         if not self.holds(slot, length):
             return False
+        for layer in self.layers if self.stepped else []:
+            layer.clear(slot, length, self._reached[slot])
         self.lengths[slot] = length
         if length == 0:
             self._reached[slot] = 0
@@ -275,7 +309,9 @@ class SlotView:
     def __init__(self, cache: SlotCache, slots: Sequence[int]) -> None:
         self.cache, self.slots = cache, list(slots)
         self.capacity = cache.capacity
-        self.layers = [SlotLayerView(layer, self.slots) for layer in cache.layers]
+        self.layers = [SlotLayerView(self, layer) for layer in cache.layers]
+        self.rows = torch.tensor(self.slots, device=cache.device)
+        self._masks: dict[int | None, tuple[Tensor, AnyMask]] = {}
 
     @property
     def length(self) -> int:
@@ -287,8 +323,17 @@ class SlotView:
         """The position [n] int64 of each row's next token."""
         return torch.tensor([self.cache.lengths[slot] for slot in self.slots], device=self.cache.device)
 
+    def mask(self, positions: Tensor, stored: Tensor, window: int | None, blocks: bool) -> AnyMask:
+        """The mask of queries at positions [n, T] and keys at `stored` [n, m]: made once for all layers of a kind."""
+        made = self._masks.get(window)
+        if made is None or made[0] is not positions:
+            same = positions.clamp(max=0), stored.clamp(max=0)
+            made = self._masks[window] = positions, make_mask(positions, stored, *same, window, blocks=blocks)
+        return made[1]
+
     def advance(self, documents: Tensor) -> None:
         """Count the tokens of `documents` [n, T] as held. Raises Error for padding, which a slot has no place for."""
+        self._masks = {}
         if bool((documents < 0).any()):
             raise Error("padding does not fit a slot", where="model", fix="feed each text by itself")
         for slot in self.slots:
@@ -298,26 +343,26 @@ class SlotView:
 class SlotLayerView:
     """One layer of a SlotView."""
 
-    def __init__(self, layer: SlotLayer, slots: Sequence[int]) -> None:
-        self.layer, self.slots = layer, slots
+    def __init__(self, view: SlotView, layer: SlotLayer) -> None:
+        self.view, self.layer = view, layer
 
     def extend(
         self, keys: Tensor, values: Tensor, positions: Tensor, start: int, window: int | None
-    ) -> tuple[Tensor, Tensor, Mask]:
+    ) -> tuple[Tensor, Tensor, AnyMask]:
         """As LayerCache.extend; positions count up."""
+        blocks = flex.suits(keys.device, keys.dtype, keys.shape[-1], keys.shape[2])
         keys, values, stored = self._stored(keys, values, positions, start)
-        return keys, values, make_mask(positions, stored, positions.clamp(max=0), stored.clamp(max=0), window)
+        return keys, values, self.view.mask(positions, stored, window, blocks)
 
     def _stored(self, keys: Tensor, values: Tensor, positions: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Store new tokens; the keys and values to look at, and their positions [n, m], -1 where there is nothing."""
-        layer, T = self.layer, keys.shape[2]
-        slots = torch.tensor(self.slots, device=keys.device)
+        layer, slots, T = self.layer, self.view.slots, keys.shape[2]
         if start + T <= layer.size or T + layer.window - 1 <= layer.size:
-            layer.write(slots, positions, keys, values)
-            return layer.read(self.slots, positions[:, -1] + 1, keys.dtype)
+            layer.write(self.view.rows, positions, keys, values)
+            return layer.read(slots, positions[:, -1] + 1, start + T, keys.dtype)
         # The ring is about to lose keys that the first of the new queries still see: look, then store.
-        old = layer.read(self.slots, positions[:, 0], keys.dtype)
+        old = layer.read(slots, positions[:, 0], start, keys.dtype)
         seen = (torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2), torch.cat([old[2], positions], 1))
         keep = min(T, layer.size)
-        layer.write(slots, positions[:, -keep:], keys[:, :, -keep:], values[:, :, -keep:])
+        layer.write(self.view.rows, positions[:, -keep:], keys[:, :, -keep:], values[:, :, -keep:])
         return seen

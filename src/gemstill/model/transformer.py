@@ -19,7 +19,8 @@ from gemstill.core.errors import Error
 from gemstill.model.config import ModelConfig
 from gemstill.model.readout import Readout, logits
 from gemstill.model.slots import Cache, LayerCache
-from gemstill.ops.attention import Mask, attention, make_mask
+from gemstill.ops import flex
+from gemstill.ops.attention import AnyMask, attention, make_mask
 from gemstill.ops.fused import geglu, joint_linear, rms_norm, rotate, rotated_heads, split_heads
 from gemstill.ops.packed import Packed, no_training
 
@@ -77,10 +78,9 @@ class MLP(nn.Module):
 class Where(NamedTuple):
     """Where the T tokens stand, and what follows from it for all layers of a kind, as pairs (global, local)."""
 
-    positions: Tensor  # [B, T] int64
-    documents: Tensor  # [B, T] int64
+    places: Tensor  # [B, T] int64, of each token in its document, -1 for padding; a cache takes these
     angles: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # rotary cosines and sines
-    masks: tuple[Mask, Mask] | None  # None with a cache, whose keys differ from layer to layer
+    masks: tuple[AnyMask, AnyMask] | None  # None with a cache, whose layers make their own
 
 
 class Attention(nn.Module):
@@ -108,12 +108,11 @@ class Attention(nn.Module):
         else:
             q, k, v = split_heads(joint, self.groups, self.rows)
             q, k = rotate(self.q_norm(q), angles) * self.scale, rotate(self.k_norm(k), angles)
-        if where.masks is not None:
-            mask = where.masks[self.local]
+        if cache is not None:
+            k, v, mask = cache.extend(k, v, where.places, start, self.window)
         else:
-            assert cache is not None
-            own = torch.where(where.documents < 0, -1, where.positions)
-            k, v, mask = cache.extend(k, v, own, start, self.window)
+            assert where.masks is not None
+            mask = where.masks[self.local]
         return joint_linear(attention(q, k, v, mask, softcap=self.softcap), self.o_proj.weight)
 
 
@@ -222,19 +221,20 @@ class Transformer(nn.Module):
         angles = rotary_angles(positions, self.config.head_dim, theta)
         local = self.config.rope_local_theta
         local_angles = angles if local is None else rotary_angles(positions, self.config.head_dim, local)
-        masks = None
-        if cache is None:
-            same = (positions, positions, documents, documents)
-            masks = (
-                make_mask(*same, None, ordered=ordered),
-                make_mask(*same, self.config.sliding_window, ordered=ordered),
-            )
-        where = Where(positions, documents, (angles, local_angles), masks)
-
         embedding = self.embed_tokens(tokens)
         x = embedding.to(self.compute_dtype or embedding.dtype)
         # The scale is rounded to the compute dtype, as the published weights were trained with it.
         x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
+        masks = None
+        if cache is None:
+            same = (positions, positions, documents, documents)
+            blocks = flex.suits(x.device, x.dtype, self.config.head_dim, x.shape[1])
+            masks = (
+                make_mask(*same, None, ordered=ordered, blocks=blocks),
+                make_mask(*same, self.config.sliding_window, ordered=ordered, blocks=blocks),
+            )
+        where = Where(torch.where(documents < 0, -1, positions), (angles, local_angles), masks)
+
         start = 0 if cache is None else cache.length
         run = self._run_block if torch.is_grad_enabled() else Block.__call__
         for number, layer in enumerate(self.layers):

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gemstill.ops.flex import Blocks, flex, make_blocks
 from gemstill.ops.native import kernels
+from gemstill.ops.visible import visible
 
 TILE = 128  # fewest queries of a tile; a band is a multiple of it
 MOST_TILES = 4  # tiles are unrolled when compiled: more cost compilation and save little
@@ -37,18 +39,7 @@ class Mask(NamedTuple):
     band: int = 0
 
 
-def visible(
-    q_positions: Tensor, k_positions: Tensor, q_documents: Tensor, k_documents: Tensor, window: int | None
-) -> Tensor:
-    """Which keys each query sees: [..., Tq, Tk] bool from positions and documents [..., T*] int64.
-
-    A query sees a key of its own document that does not come after it and, with a window, is among
-    itself and the window - 1 tokens before it. Documents below 0 are padding and are seen by nobody.
-    """
-    distance = q_positions[..., :, None] - k_positions[..., None, :]
-    same = (q_documents[..., :, None] == k_documents[..., None, :]) & (k_documents >= 0)[..., None, :]
-    seen = (distance >= 0) & same
-    return seen if window is None else seen & (distance < window)
+AnyMask = Mask | Blocks
 
 
 def make_mask(
@@ -59,11 +50,15 @@ def make_mask(
     window: int | None,
     *,
     ordered: bool = False,
-) -> Mask:
+    blocks: bool = False,
+) -> AnyMask:
     """The mask of one kind of layer. Positions and documents: [B, Tq] and [B, Tk] int64.
 
-    ordered: queries and keys are the same tokens, positions rise by one within each document.
+    ordered: queries and keys are the same tokens, positions rise by one within each document. blocks: it is for
+    FlexAttention (see ops.flex.suits).
     """
+    if blocks:
+        return make_blocks(q_positions, k_positions, q_documents, k_documents, window)
     T = q_positions.shape[1]
     band = 0 if window is None else -(-window // TILE) * TILE
     if ordered and band > 0 and 4 * band <= T:
@@ -97,13 +92,15 @@ def _with_previous(x: Tensor, bands: int, fill: int = 0) -> Tensor:
     return torch.cat([previous, x], bands + 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, softcap: float | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, *, softcap: float | None) -> Tensor:
     """Attention of the report's section 2: softmax(mask(c·tanh(q·kᵀ/c)))·v.
 
     q: [B, G, Tq, R, D], scaled already: R queries share a key (grouped queries). k, v: [B, G, Tk, D]. Returns
     [B, Tq, G·R·D] in q's dtype; a query that sees nothing (padding) gets zeros, not NaN. Exponentials and sums
     are taken in float32, or float64 for float64.
     """
+    if isinstance(mask, Blocks):
+        return flex(q, k, v, mask, softcap=softcap)
     T, C = q.shape[2], mask.band
     if C:
         extra = -T % C
