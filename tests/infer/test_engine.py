@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -28,6 +28,8 @@ from gemstill.infer.sampling import Sampling
 from gemstill.model import slots as cache_room
 from gemstill.model import step as step_room
 from gemstill.model.config import ModelConfig
+from gemstill.model.slots import SlotCache
+from gemstill.model.static import Shape, StaticStep
 from gemstill.model.transformer import Transformer
 from gemstill.ops.native import why_not
 from tests.infer.networks import SMALL, SMALL3, TIED, network
@@ -63,11 +65,32 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_room, "kernels", lambda _: None)
 
 
-@pytest.fixture(params=["native", "plain"])
+@pytest.fixture
+def static(monkeypatch: pytest.MonkeyPatch, plain: None) -> Iterator[None]:
+    """Slots read in steps and steps in shapes that stay the same, as on a GPU but for the recording."""
+    steps: list[int] = []
+
+    class Stepped(SlotCache):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, stepped=True)
+
+    class Counting(StaticStep):
+        def _play(self, shape: Shape, rows: torch.Tensor) -> torch.Tensor:
+            steps.append(shape.slots)
+            return super()._play(shape, rows)
+
+    monkeypatch.setattr(slots_room, "SlotCache", Stepped)
+    monkeypatch.setattr(room, "StaticStep", Counting)
+    monkeypatch.setattr(cache_room, "STEP", 16)
+    yield
+    assert steps
+
+
+@pytest.fixture(params=["native", "plain", "static"])
 def either(request: pytest.FixtureRequest) -> None:
-    """The step in native code, where it can be built, and without."""
-    if request.param == "plain":
-        request.getfixturevalue("plain")
+    """The step in native code, where it can be built, and without; and as on a GPU."""
+    if request.param != "native":
+        request.getfixturevalue(request.param)
     elif why_not() is not None:
         pytest.skip(f"no kernels: {why_not()}")
 
@@ -288,6 +311,42 @@ def test_any_walk_over_texts_equals_a_fresh_start(config: ModelConfig, monkeypat
         values = [value for _, value in fresh.tokens[0].top]
         assert [value for _, value in ours.tokens[0].top] == pytest.approx(values, abs=1e-4)
     assert engine.fed < 40 * 6
+
+
+@pytest.mark.usefixtures("static")
+def test_the_same_in_steps_of_static_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that are read a little at a time while neighbours write, each with its own sampling: as alone."""
+    test_any_walk_over_texts_equals_a_fresh_start(SMALL3, monkeypatch)
+    test_no_numbers_end_their_own_answer()
+    monkeypatch.setattr(room, "BESIDE", 6)
+    model, prompts = network(), [tokens(3 + 7 * n, seed=n) for n in range(6)]
+    requests = [Request(p, Sampling(0.8, seed=n), 3 + 4 * n, logprobs=True) for n, p in enumerate(prompts)]
+    together = Engine(model).run(requests)
+    monkeypatch.undo()
+    for answer, request in zip(together, requests, strict=True):
+        (other,) = Engine(model).run([request])
+        assert ids(answer) == ids(other)
+        values = [token.logprob for token in other.tokens]
+        assert [token.logprob for token in answer.tokens] == pytest.approx(values, abs=TIE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA")
+@pytest.mark.parametrize("config", [SMALL, SMALL3], ids=name_of)
+def test_on_a_gpu_the_answers_are_those_of_the_cpu(config: ModelConfig) -> None:
+    """Greedy texts in float32, more than one recording, on both sides of the window; then a cache that has grown."""
+    requests = [Request(tokens(3 + 9 * n, seed=n), max_new_tokens=NEW + 20 * n, logprobs=True) for n in range(6)]
+    config = replace(config, max_position=2048)
+    here, there = Engine(network(config)), Engine(network(config).cuda())
+    for _ in range(2):
+        for ours, theirs in zip(there.run(requests), here.run(requests), strict=True):
+            for a, b in zip(ours.tokens, theirs.tokens, strict=True):
+                assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+                if a.id != b.id:  # a tie, after which the texts are others
+                    break
+        requests = [Request(tokens(600 + n, seed=n), max_new_tokens=NEW, logprobs=True) for n in range(3)]
+    assert there._static is not None
+    assert there._static._recorded
 
 
 def test_memory_grows_with_the_text_and_the_rings_do_not() -> None:

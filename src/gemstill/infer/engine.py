@@ -24,6 +24,7 @@ from gemstill.infer.request import Answer, Request, Token
 from gemstill.infer.sampling import largest, likeliest
 from gemstill.infer.slots import Slots
 from gemstill.model.readout import last_logits, logits
+from gemstill.model.static import StaticStep
 from gemstill.model.step import Step
 from gemstill.model.transformer import Transformer
 from gemstill.ops.logits import cut
@@ -100,6 +101,7 @@ class Engine:
         self._weights: object = None
         self._told = False
         self._native: Step | None = None
+        self._static: StaticStep | None = None
 
     @property
     def bytes(self) -> int:
@@ -300,14 +302,24 @@ class Engine:
         single = [piece for piece in pieces if piece.last and piece.size == 1]
         others = [piece for piece in pieces if piece not in single]
         if single:
-            last = torch.tensor([piece.answer.text[-1:] for piece in single], device=self._slots.device)
-            assert self._slots.cache is not None
-            view = self._slots.cache.view(*(self._slots.of(piece.answer) for piece in single))
-            found = self.model(last, cache=view, readout=last_logits).float().cpu()
+            found = self._next([piece.answer.text[-1] for piece in single], [self._slots.of(p.answer) for p in single])
             for piece, row in zip(single, found, strict=True):
                 self._fed(piece, row)
         for piece in others:
             self._feed(piece)
+
+    def _next(self, tokens: Sequence[int], slots: Sequence[int]) -> Iterable[Tensor]:
+        """The logits [V] float32 on the CPU after one token more of each of several texts."""
+        cache = self._slots.cache
+        assert cache is not None
+        if cache.stepped:
+            if self._static is None or self._static.cache is not cache:
+                self._static = StaticStep(self.model, cache)
+            if (found := self._static(tokens, slots)) is not None:
+                return found
+        last = torch.tensor(tokens, device=self._slots.device)[:, None]
+        logits: Tensor = self.model(last, cache=cache.view(*slots), readout=last_logits)
+        return logits.float().cpu()
 
     def _feed(self, piece: Piece) -> None:
         """Compute a part of a prompt in PyTorch."""
@@ -381,6 +393,7 @@ class Engine:
     def _admit_fewer(self, admitting: bool) -> None:
         """Memory was short: give all of it back and go on with fewer answers, or end the one that is too much alone."""
         lost = self._slots.drop()
+        self._native = self._static = None  # they hold the cache, and what was recorded memory of its own
         tried = max(len(lost) + 1, self._slots.tried) if admitting else len(lost)
         if tried <= 1:
             with self._turn:

@@ -45,6 +45,10 @@ def _room(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.de
     return empty(math.prod(shape[:3]), shape[3], dtype).view(shape)
 
 
+def _put(x: Tensor, at: Any, new: Tensor, live: Tensor | None) -> None:
+    x[at] = new if live is None else torch.where(live[:, None, None, None], new, x[at])
+
+
 def ring(config: ModelConfig, layer: int, capacity: int) -> int:
     """S, the tokens that a layer keeps of a text of at most `capacity` tokens."""
     return min(capacity, config.sliding_window + SPARE) if config.is_local(layer) else capacity
@@ -119,16 +123,19 @@ class SlotLayer:
     def values(self) -> Tensor:
         return self.tensors[1]
 
-    def write(self, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [n, G, T, d] of `slots` [n] at `positions` [n, T], no two T of which share an index."""
+    def write(self, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor, live: Tensor | None = None) -> None:
+        """Store keys and values [n, G, T, d] of `slots` [n] at `positions` [n, T], no two T of which share an index.
+
+        live: [n] bool, which of the slots take theirs, by default all.
+        """
         at = slots[:, None], slice(None), positions % self.size
         for number, x in enumerate((keys.transpose(1, 2), values.transpose(1, 2))):
             if self.keys.dtype == torch.int8:
                 padded = F.pad(x.float().abs(), (0, -x.shape[-1] % BLOCK))
                 scales = torch.unflatten(padded, -1, (-1, BLOCK)).amax(-1) / 127
-                self.tensors[number + 2][at] = scales
+                _put(self.tensors[number + 2], at, scales, live)
                 x = (x.float() / _widened(scales, x.shape[-1]).clamp_min(1e-30)).round()
-            self.tensors[number][at] = x.to(self.keys.dtype)
+            _put(self.tensors[number], at, x.to(self.keys.dtype), live)
 
     def positions(self, ends: Tensor, count: int) -> Tensor:
         """The positions [n, count] that the first indices of slots hold which end before `ends` [n]; -1: nothing."""
@@ -146,11 +153,12 @@ class SlotLayer:
         """
         count = reach(longest, self.size, self.stepped)
         positions = self.positions(ends, count)
-        at = slice(slots[0], slots[0] + 1) if len(slots) == 1 else list(slots)  # a slice is no copy
+        side_by_side = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        at = slice(slots[0], slots[0] + len(slots)) if side_by_side else list(slots)  # a slice is no copy
         found = [x[at, :, :count].to(dtype) for x in self.tensors]
         if len(found) == 4:
             found = [x * _widened(scales, x.shape[-1]) for x, scales in zip(found[:2], found[2:], strict=True)]
-        if len(slots) > 1:
+        if len(slots) > 1 and not self.stepped:
             empty = (positions < 0)[:, None, :, None]
             found = [x.masked_fill(empty, 0) for x in found]
         return found[0], found[1], positions
@@ -311,6 +319,7 @@ class SlotView:
         self.capacity = cache.capacity
         self.layers = [SlotLayerView(self, layer) for layer in cache.layers]
         self.rows = torch.tensor(self.slots, device=cache.device)
+        self.live: Tensor | None = None  # [n] bool: which slots take their tokens, by default all
         self._masks: dict[int | None, tuple[Tensor, AnyMask]] = {}
 
     @property
@@ -358,7 +367,7 @@ class SlotLayerView:
         """Store new tokens; the keys and values to look at, and their positions [n, m], -1 where there is nothing."""
         layer, slots, T = self.layer, self.view.slots, keys.shape[2]
         if start + T <= layer.size or T + layer.window - 1 <= layer.size:
-            layer.write(self.view.rows, positions, keys, values)
+            layer.write(self.view.rows, positions, keys, values, self.view.live)
             return layer.read(slots, positions[:, -1] + 1, start + T, keys.dtype)
         # The ring is about to lose keys that the first of the new queries still see: look, then store.
         old = layer.read(slots, positions[:, 0], start, keys.dtype)

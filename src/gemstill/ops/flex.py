@@ -64,6 +64,8 @@ def _works(device: torch.device, dtype: torch.dtype, head_dim: int, grad: bool) 
             if grad:
                 torch.autograd.grad(out.sum(), [q, k, v])
             return bool(out.isfinite().all())
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         what = " ".join(str(error).split()) or type(error).__name__
         note(f"there is no FlexAttention for heads of {head_dim} in {dtype}: {what[:200]}", where=device)
