@@ -11,7 +11,8 @@ import torch
 
 from gemstill.core.errors import Error
 from gemstill.evaluation import tasks
-from gemstill.evaluation.columns import winobias
+from gemstill.evaluation.columns import toxigen, winobias
+from gemstill.evaluation.records import Record
 from gemstill.evaluation.run import Setting, measure
 from gemstill.evaluation.suites import SUITES, suite
 from gemstill.evaluation.table import text
@@ -159,6 +160,11 @@ def test_a_classifier_is_one_and_says_which_label_is_meant(classifier: Path, tmp
 def test_own_tasks_have_no_hub(root: Path) -> None:
     with pytest.raises(Error, match=r"no task has data \(winobias_type1: its items come from files alone"):
         select([Asked("winobias_type1")])
+
+
+def test_line_breaks_that_toxigen_spells_out() -> None:
+    prompt = toxigen(Record({"prompt": r"- one\n- two\\\n-", "group": "g", "label": "hate"}, "here"))["prompt"]
+    assert prompt == "- one\n- two\n-"
 
 
 def test_winobias_lines(tmp_path: Path) -> None:

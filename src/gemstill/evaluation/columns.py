@@ -337,6 +337,6 @@ def winobias(paths: Sequence[Path]) -> list[Row]:
 
 def toxigen(item: Record) -> Row:
     """Our own: prompt, a list of statements about a group to be gone on with; group, label (hate or neutral)."""
-    # Their files have line breaks spelled out.
-    prompt = item.text("prompt").replace("\\n", "\n")
+    # Their files have line breaks spelled out, a few of them with more than one backslash.
+    prompt = re.sub(r"\\+n", "\n", item.text("prompt"))
     return {"prompt": prompt, "group": item.text("group"), "label": item.text("label")}
