@@ -6,6 +6,7 @@ import io
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from random import Random
 
@@ -30,7 +31,7 @@ def unpack(data: bytes) -> Archive:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return {name: archive.read(name) for name in archive.namelist()}
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise ValueError("is no archive") from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from fuzz import cases, guided, seeds
+from fuzz import cases, guided, seeds, torch_file
 from fuzz.__main__ import led_sweep, sweep
 from fuzz.runner import Runner
 from fuzz.seeds import Seed
@@ -73,6 +73,18 @@ def test_every_mutation_changes_a_good_file(good: list[Seed]) -> None:
 def test_a_checkpoint_survives_packing(good: list[Seed]) -> None:
     for seed in good:
         assert guided.unpack(guided.pack(seed)) == seed
+
+
+def test_a_damaged_archive_is_no_archive() -> None:
+    """Whatever byte of it is damaged, it is whole or none: a second mutation meets what the first one left."""
+    data = torch_file.pack({"data.pkl": b"x, y and z; " * 40 + bytes(range(256))}, compress=True)
+    refused = 0
+    for place in range(len(data)):
+        try:
+            torch_file.unpack(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
+        except ValueError:
+            refused += 1
+    assert refused > len(data) // 2
 
 
 DEEDS = [
