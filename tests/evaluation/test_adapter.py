@@ -64,9 +64,8 @@ def scored(backend: Any, asked: list[tuple[str, str]]) -> list[tuple[float, bool
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@quick
-@given(asked=pairs())
-def test_log_likelihoods_and_greedy_flags(both, asked):
+def agree(both: tuple[Any, Any], asked: list[tuple[str, str]]) -> None:
+    """Ours and theirs score alike, or refuse alike."""
     ours, theirs = (scored(backend, asked) for backend in both)
     if isinstance(theirs, str):
         assert (ours, theirs) == ("Error", "AssertionError")
@@ -74,6 +73,12 @@ def test_log_likelihoods_and_greedy_flags(both, asked):
     for (logprob, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
         assert logprob == pytest.approx(expected, abs=2e-4, rel=1e-5)
         assert greedy == expected_greedy
+
+
+@quick
+@given(asked=pairs())
+def test_log_likelihoods_and_greedy_flags(both, asked):
+    agree(both, asked)
 
 
 def greedy_pair(ours: Adapter, count: int) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from gemstill.text.training import train_tokenizer
 from tests.checkpoint.conftest import place, smollm2
 from tests.evaluation.requests import hf, instances
 from tests.evaluation.roots import write_root
-from tests.evaluation.test_adapter import pairs, quick, scored
+from tests.evaluation.test_adapter import agree, pairs, quick
 
 __all__ = ["place", "smollm2"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore::gemstill.core.notices.Notice")
@@ -69,13 +69,7 @@ def both(folder: Path) -> tuple[ForeignAdapter, Any]:
 @quick
 @given(asked=pairs())
 def test_log_likelihoods_and_greedy_flags(both, asked):
-    ours, theirs = (scored(backend, asked) for backend in both)
-    if isinstance(theirs, str):
-        assert (ours, theirs) == ("Error", "AssertionError")
-        return
-    for (logprob, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
-        assert logprob == pytest.approx(expected, abs=2e-4, rel=1e-5)
-        assert greedy == expected_greedy
+    agree(both, asked)
 
 
 def test_rolling_and_generations_are_told_as_they_come(both):

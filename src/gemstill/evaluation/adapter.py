@@ -15,6 +15,7 @@ its own turn. A system message that the model's template has no place for opens 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -44,7 +45,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 Pair = tuple[str, str]  # a context and a continuation
 
 
-class Scored:
+class Scored(ABC):
     """Continuations scored as lm-eval wants them, for a class of its interface: what stands before it in the bases.
 
     It has max_length, and `truncated`, which counts the texts that were longer.
@@ -54,8 +55,9 @@ class Scored:
     truncated: int
     cache_hook: Any
 
+    @abstractmethod
     def _score(self, texts: Sequence[Text]) -> Iterator[Score]:
-        raise NotImplementedError
+        """The score of each text, as it comes."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation and whether it is the greedy one.
