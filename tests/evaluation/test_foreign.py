@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+UGLY = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 MESSAGES = [
     {"role": "user", "content": " What is 東京? "},
     {"role": "assistant", "content": "straße"},
@@ -133,6 +135,34 @@ def test_a_whole_run_resumed(folder: Path, tmp_path: Path, capsys: Capture) -> N
     assert answered(capsys, *turned) == printed
     assert (out / ANSWERS).read_bytes() == before
     assert "only Gemma's networks are quantized here" in answered(capsys, *words, "--quantize", "int8", status=2)
+
+
+def test_answers_to_texts_begun_or_written_otherwise_are_not_gone_on_from(
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was cut, and settings beside the same weights and the same tokenizer.json changed before the next."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folder, model)
+    words = [model, "--tasks", "piqa,gsm8k", "--data-root", write_root(tmp_path / "root"), "--out", out, "--limit", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(ForeignAdapter, "generate_until", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        answered(capsys, *words, status=130)
+    kept = (out / ANSWERS).read_bytes()
+    assert kept.count(b"\n") == 5  # two items of two choices
+    plain = json.loads((model / "tokenizer_config.json").read_text())
+    for name, changes in (
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),  # a space before a text
+        ("tokenizer_config.json", {"bos_token": plain["eos_token"]}),
+        ("tokenizer_config.json", {"clean_up_tokenization_spaces": True, UGLY: True}),
+        ("generation_config.json", {"repetition_penalty": 1.3}),
+    ):
+        before = (model / name).read_bytes()
+        (model / name).write_text(json.dumps(json.loads(before) | changes))
+        assert "holds the answers of another model" in answered(capsys, *words, status=2), changes
+        (model / name).write_bytes(before)
+    assert (out / ANSWERS).read_bytes() == kept
+    answered(capsys, *words)
+    assert (out / ANSWERS).read_bytes().startswith(kept)
 
 
 def test_perplexity_of_a_folder_of_text(folder: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -75,6 +75,20 @@ def test_the_answer_is_what_the_model_writes_in_its_turn(folder: Path, tmp_path:
         assert item["answer"] == generate(model, tokenizer, turn, max_new_tokens=WORDS, temperature=0).strip()
 
 
+@pytest.mark.filterwarnings("ignore:.*chat template differs")
+def test_another_chat_template_is_another_question(folder: Path, tmp_path: Path) -> None:
+    from gemstill import load
+
+    model, tokenizer = load(folder)
+    with JudgeServer(rule) as judge:
+        examine(model, tokenizer, judge.place, out=tmp_path, max_new_tokens=WORDS)
+        first = {line for line in (tmp_path / "answers.jsonl").read_text().splitlines() if "violates" not in line}
+        tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        examine(model, tokenizer, judge.place, out=tmp_path, max_new_tokens=WORDS)
+    again = [line for line in (tmp_path / "answers.jsonl").read_text().splitlines() if "violates" not in line]
+    assert len(again) == len(first) + len(probes())
+
+
 @pytest.mark.parametrize(
     "nonsense", ["I cannot say.", "{}", '{"violates": "no", "refuses": false}', "[1, 2]", '{"violates": true', ""]
 )

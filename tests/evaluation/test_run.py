@@ -99,7 +99,7 @@ def test_damaged_answers_are_named(tmp_path: Path) -> None:
     path.write_bytes(lines[0] + lines[1][:9] + b"\n" + lines[2])
     with pytest.raises(Error, match=r"answers.jsonl, line 2: is no answer; delete that line"):
         Answers(path, "one")
-    path.write_bytes(lines[0].replace(b'"version": 1', b'"version": 9'))
+    path.write_bytes(lines[0].replace(b'"version": 2', b'"version": 9'))
     with pytest.raises(Error, match=r"holds answers of another version of gemstill"):
         Answers(path, "one")
 

@@ -55,6 +55,15 @@ class Scored(ABC):
     truncated: int
     cache_hook: Any
 
+    def reading(self: Any) -> list[Any]:
+        """What answers depend on beside weights and vocabulary, for `run.fingerprint`.
+
+        A short text as the ids that the model is given, and bare; the ids that begin and end a text; the tokens that
+        one may have.
+        """
+        texts = [self.tok_encode("a"), self.tok_encode("a", add_special_tokens=False)]
+        return [*texts, self.prefix_token_id, self.eot_token_id, self.max_length]
+
     @abstractmethod
     def _score(self, texts: Sequence[Text]) -> Iterator[Score]:
         """The score of each text, as it comes."""

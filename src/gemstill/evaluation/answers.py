@@ -19,7 +19,7 @@ from gemstill.core.errors import Error
 from gemstill.core.files import unwritable
 from gemstill.core.progress import Progress
 
-VERSION = 1
+VERSION = 2
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")  # what lm-eval asks of a model
 
 

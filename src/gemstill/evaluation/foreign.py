@@ -57,6 +57,19 @@ class ForeignAdapter(Scored, HFLM):  # type: ignore[misc]
             )
         self.network, self.batch_tokens, self.truncated = model, batch_tokens, 0
 
+    def reading(self) -> list[Any]:
+        """As of any model, and how texts are begun and written here: the tokenizer's settings, and the generation's."""
+        ids = self.tok_encode("It 's a , b .", add_special_tokens=False)
+        written = self.model.generation_config.to_diff_dict()
+        written.pop("transformers_version", None)
+        return [
+            *super().reading(),
+            self.tok_batch_encode(["a"])[0].tolist(),
+            self.tok_decode(ids),
+            sorted(self.tokenizer.get_added_vocab().items()),
+            sorted((name, repr(value)) for name, value in written.items()),
+        ]
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a prompt. Raises Error for a model without a chat template, or one that refuses it."""
         template = self.tokenizer.chat_template

@@ -163,13 +163,13 @@ def recall(
         raise Error(what, where="memorization", fix="measure a model of a longer context")
     found: list[Recalled] = []
     asked = [windows.read(number) for number in numbers.tolist()]
-    keys = [answers.key("memorization", 1, "greedy", [window.ids[:PROMPT], ANSWER]) for window in asked]
-    missing = {key: window for key, window in zip(keys, asked, strict=True) if key not in answers}
+    prompts = [[tokenizer.bos_id, *window.ids[:PROMPT]] for window in asked]
+    keys = [answers.key("memorization", 1, "greedy", [prompt, ANSWER]) for prompt in prompts]
+    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in answers}
     done = sum(key in answers for key in keys)
     with Progress(len(asked), "windows", "memorization", done=done) as progress:
         for some in _groups(list(missing.items()), AT_ONCE):
-            prompts = [[tokenizer.bos_id, *window.ids[:PROMPT]] for _, window in some]
-            given = engine.run(Request(prompt, max_new_tokens=ANSWER) for prompt in prompts)
+            given = engine.run(Request(prompt, max_new_tokens=ANSWER) for _, prompt in some)
             for (key, _), answer in zip(some, given, strict=True):
                 if answer.error is not None:
                     raise answer.error

@@ -159,12 +159,14 @@ def _replies(
     from gemstill.infer.generate import Generation, Limits
     from gemstill.text.turns import encode_turns
 
-    keys = [answers.key("policies", VERSION, "answer", [probe.request, max_new_tokens]) for probe in asked]
+    prompts = [encode_turns(tokenizer, [{"role": "user", "content": probe.request}]) for probe in asked]
+    keys = [answers.key("policies", VERSION, "answer", [prompt, max_new_tokens]) for prompt in prompts]
     missing = [number for number, key in enumerate(keys) if key not in answers]
     engine, under_way = Engine(model), {}
     for number in missing:
-        prompt = encode_turns(tokenizer, [{"role": "user", "content": asked[number].request}])
-        under_way[number] = Generation(engine, tokenizer, prompt, Sampling(), Limits(max_new_tokens), logprobs=False)
+        under_way[number] = Generation(
+            engine, tokenizer, prompts[number], Sampling(), Limits(max_new_tokens), logprobs=False
+        )
         under_way[number].start()
     with Progress(len(keys), "answers", "policies", done=len(keys) - len(missing)) as progress:
         while under_way:

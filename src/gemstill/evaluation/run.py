@@ -98,7 +98,7 @@ def evaluate(
         adapter.apply_chat_template([{"role": "user", "content": "Hello"}])
     setting = Setting(limit, root, turned, seed, unsafe_code, toxicity)
     place = None if out is None else Path(out)
-    return measure(adapter, fingerprint(model, tokenizer), asked, setting, place, table, name)
+    return measure(adapter, fingerprint(model, tokenizer, adapter.reading()), asked, setting, place, table, name)
 
 
 def _adapted(model: Transformer | Adapter, tokenizer: Tokenizer) -> Any:
@@ -210,13 +210,16 @@ def _write(results: dict[str, Any], out: Path) -> None:
     write(out / RESULTS, as_json({key: value for key, value in results.items() if key != SAMPLES}, 2))
 
 
-def fingerprint(model: Transformer | Adapter, tokenizer: Tokenizer) -> str:
-    """Tells one model from another by its network, tokenizer, precision and up to 65,536 values of each weight."""
+def fingerprint(model: Transformer | Adapter, tokenizer: Tokenizer, reading: Sequence[Any] = ()) -> str:
+    """Tells one model from another by its network, tokenizer, precision and up to 65,536 values of each weight.
+
+    reading: how texts are given to it (`Scored.reading`), where answers are not kept under the ids of their prompts.
+    """
     import torch
 
     from gemstill.model.quantized import named_weights
 
-    digest = hashlib.sha256(f"{model.config}|{model.compute_dtype}|{tokenizer.fingerprint}".encode())
+    digest = hashlib.sha256(f"{model.config}|{model.compute_dtype}|{tokenizer.fingerprint}|{reading}".encode())
     for weight_name, weight in named_weights(model):
         data: Tensor = weight if isinstance(weight, torch.Tensor) else weight.data
         flat = data.detach().reshape(-1)
