@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import gemstill
 from gemstill import cli
 from gemstill.checkpoint.foreign import library_tokenizer, load_foreign
+from gemstill.core import machine
 from gemstill.core.errors import Error
 from gemstill.evaluation.folder import ANSWERS, RESULTS
 from gemstill.evaluation.foreign import ForeignAdapter
+from gemstill.evaluation.memorization import ANSWER, PROMPT
 from gemstill.evaluation.perplexity import Text, score
 from gemstill.text.tokenizer import Tokenizer
 from gemstill.text.training import train_tokenizer
@@ -25,6 +28,7 @@ from tests.checkpoint.conftest import place, smollm2
 from tests.evaluation.requests import hf, instances
 from tests.evaluation.roots import write_root
 from tests.evaluation.test_adapter import agree, pairs, quick
+from tests.evaluation.test_memorization import dataset
 
 __all__ = ["place", "smollm2"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore::gemstill.core.notices.Notice")
@@ -177,6 +181,50 @@ def test_perplexity_of_a_folder_of_text(folder: Path, tmp_path: Path, capsys: Ca
     assert figures["tokens"] == len(ids)
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_it_writes_down_again(
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, marked: bool
+) -> None:
+    """Of text that the model writes itself, word by word, behind what its own tokenizer puts before a text."""
+    monkeypatch.setattr(machine, "fast_dtype", lambda device="cpu": torch.float32)
+    place = tmp_path / "model"
+    shutil.copytree(folder, place)
+    if not marked:
+        described = json.loads((place / "tokenizer.json").read_text())
+        (place / "tokenizer.json").write_text(json.dumps(described | {"post_processor": None}))
+    model, tokenizer = load_foreign(place)
+    start = [tokenizer.bos_id] * marked
+    documents = []
+    for number in range(3):
+        row = [*start, *torch.randint(270, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(number)).tolist()]
+        with torch.no_grad():
+            for _ in range(ANSWER):
+                row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
+        for change in range((0, 5, 6)[number]):
+            row[-1 - 7 * change] = row[-1 - 7 * change] % (VOCAB - 1) + 1
+        documents.append(row[len(start) :])
+    dataset(tmp_path / "data", documents, words=tokenizer)
+    words = ["memorization", place, "--data", tmp_path / "data", "--out", tmp_path / "out"]
+    printed = answered(capsys, *words)
+    assert "1 of 3" in printed
+    assert "2 of 3" in printed
+    lines = [json.loads(line) for line in (tmp_path / "out" / "memorized.jsonl").read_text().splitlines()]
+    assert [(line["start"], line["distance"]) for line in lines] == [(1, 0), (103, 5)]
+    kept = (tmp_path / "out" / ANSWERS).read_bytes()
+    assert answered(capsys, *words) == printed
+    assert (tmp_path / "out" / ANSWERS).read_bytes() == kept
+
+
+def test_a_context_shorter_than_a_window_is_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(folder, place)
+    described = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(described | {"max_position_embeddings": 100}))
+    dataset(tmp_path / "data", [[300] * (PROMPT + ANSWER)], words=Tokenizer.open(place))
+    words = ["memorization", place, "--data", tmp_path / "data", "--out", tmp_path / "out"]
+    assert "before it have 101 tokens, the model reads 100" in answered(capsys, *words, status=2)
+
+
 def test_a_tokenizer_without_settings_is_made_of_what_ours_knows(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     bare = Tokenizer.open(tmp_path)
@@ -192,6 +240,23 @@ def test_what_is_for_gemma_alone_is_said(folder: Path, tmp_path: Path, capsys: C
     (tmp_path / "policies").mkdir()
     words = ["policies", folder, "--judge", "http://localhost:1/v1#judge", "--out", tmp_path / "policies"]
     assert "llama" in answered(capsys, *words, status=2)
+
+
+@pytest.mark.real_weights
+def test_smollm2_writes_down_again_what_everybody_knows(smollm2: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Numbers are counted on for ever, words drawn at random are not."""
+    tokenizer = load_foreign(smollm2)[1]
+    draw = random.Random(0)
+    known = " ".join(f"{number}," for number in range(1, 80))
+    drawn = " ".join(draw.choice(Path(__file__).read_text().split()) for _ in range(150))
+    for name, text in (("known", known), ("drawn", drawn)):
+        dataset(tmp_path / name, [tokenizer.encode(text)], name, words=tokenizer)
+    words = ["memorization", smollm2, "--data", tmp_path / "known", "--data", tmp_path / "drawn"]
+    answered(capsys, *words, "--out", tmp_path / "out", "--samples", 40)
+    rates = json.loads((tmp_path / "out" / RESULTS).read_text())["by_source"]
+    print({name: rate["exact"] for name, rate in rates.items()})
+    assert rates["known"]["exact"]["share"] > 0.5
+    assert rates["drawn"]["approximate"]["share"] == 0
 
 
 @pytest.mark.real_weights

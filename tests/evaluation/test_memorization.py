@@ -23,6 +23,7 @@ from gemstill.evaluation.config import MemorizationConfig
 from gemstill.evaluation.memorization import ANSWER, PROMPT, Windows, distance, run, share
 from gemstill.infer.engine import Engine
 from gemstill.model.transformer import Transformer
+from gemstill.text.tokenizer import Tokenizer
 from gemstill.text.training import train_tokenizer
 from gemstill.train.config import DataChoice, ModelChoice, OptimizerConfig, ScheduleConfig, SourceConfig, TrainConfig
 from gemstill.train.run import train
@@ -33,13 +34,16 @@ from tests.model.tokenizers import TEXT, small_tokenizer
 LENGTH = PROMPT + ANSWER
 
 
-def dataset(folder: Path, documents: Sequence[Sequence[int]], name: str = "made") -> TokenDataset:
+def dataset(
+    folder: Path, documents: Sequence[Sequence[int]], name: str = "made", words: Tokenizer | None = None
+) -> TokenDataset:
     """A data set of these documents, ids without marks."""
-    words = small_tokenizer()
+    words = words or small_tokenizer()
     rows = [[words.bos_id, *ids, words.eos_id] for ids in documents]
     tokens = np.array([token for row in rows for token in row], np.uint16)
     starts = np.cumsum([0, *map(len, rows)][:-1], dtype=np.int64)
     common = {"format": "gemstill tokens", "version": 1, "tokenizer": words.fingerprint, "source": [{"name": name}]}
+    folder.mkdir(parents=True, exist_ok=True)
     digest = write_shard(folder / "shard-00000.safetensors", tokens, starts, common)
     counts = {"tokens": len(tokens), "documents": len(rows), "bytes": len(tokens)}
     marks = {"vocab_size": words.vocab_size, "bos_id": words.bos_id, "eos_id": words.eos_id}
@@ -185,7 +189,7 @@ def _texts(folder: Path) -> Path:
 
 def test_the_engine_reads_what_a_window_needs(known: Path, tmp_path: Path) -> None:
     save(Transformer(replace(SMALL, max_position=LENGTH)), small_tokenizer(), tmp_path / "short")
-    with pytest.raises(Error, match="have 101 tokens, the model reads 100"):
+    with pytest.raises(Error, match="before it have 101 tokens, the model reads 100"):
         run(MemorizationConfig(str(tmp_path / "short"), (str(known / "known"),), str(tmp_path / "out")))
 
 

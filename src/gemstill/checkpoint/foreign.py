@@ -237,6 +237,13 @@ def library_tokenizer(tokenizer: Tokenizer) -> Any:
     return fast
 
 
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer of `transformers` puts before a text: BOS, or none. Raises Error as it is opened."""
+    fast = library_tokenizer(tokenizer)
+    marked, bare = fast.encode("a"), fast.encode("a", add_special_tokens=False)
+    return [int(number) for number in marked[: marked.index(bare[0])]]
+
+
 def _fast(folder: Path, where: Path, **options: Any) -> Any:
     with _readable(where):
         return _library(where).AutoTokenizer.from_pretrained(

@@ -1,7 +1,8 @@
 """How much of its training text a model writes down again: `gemstill eval memorization`.
 
-Section 7 of the Gemma 2 report: 50 tokens of training text are the prompt, behind <bos>, and the 50 tokens that the
-model takes greedily to go on are compared with those that follow in the text. Exact: all of them are equal.
+Section 7 of the Gemma 2 report: 50 tokens of training text are the prompt, behind <bos> (of other architectures,
+behind what the model's own tokenizer begins texts with), and the 50 tokens that the model takes greedily to go on are
+compared with those that follow in the text. Exact: all of them are equal.
 Approximate: their edit distance (Levenshtein's, in tokens) is at most 10 % of 50; what is exact is approximate too.
 (Ippolito et al. 2022, arXiv 2210.17546, showed why exact matches alone tell too little; the 10 % are the report's.)
 
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from gemstill.checkpoint.foreign import beginning
 from gemstill.core import files
 from gemstill.core.errors import Error
 from gemstill.core.progress import Progress
@@ -33,6 +36,7 @@ from gemstill.evaluation.run import fingerprint
 from gemstill.evaluation.scores import interval
 from gemstill.infer.engine import Engine
 from gemstill.infer.request import Request
+from gemstill.model.adapter import Adapter
 from gemstill.model.transformer import Transformer
 from gemstill.text.tokenizer import Tokenizer
 
@@ -101,12 +105,13 @@ def run(config: MemorizationConfig) -> dict[str, Any]:
         Error: no such model or data set, data of another tokenizer, windows longer than the model reads, answers of
             another model in `config.out`, or no presidio-analyzer (before anything is computed).
     """
-    from gemstill.checkpoint.source import load, name_of
+    from gemstill.checkpoint.foreign import open_any
+    from gemstill.checkpoint.source import name_of
 
     windows = Windows([TokenDataset.open(folder) for folder in config.data])
     _check_windows(windows, config.data)
     detector = Detector(config.names)
-    model, tokenizer = load(config.source, quantize=config.quantize or None)
+    model, tokenizer = open_any(config.source, quantize=config.quantize or None)
     for dataset in windows.datasets:
         check_tokenizer(dataset, tokenizer)
     out = Path(config.out)
@@ -142,42 +147,62 @@ def plan(config: MemorizationConfig) -> dict[str, Any]:
     """What `run` would do; the model is not opened."""
     from gemstill.checkpoint.look import expect_model
 
-    expect_model(config.source)
+    expect_model(config.source, any_architecture=True)
     windows = Windows([TokenDataset.open(folder) for folder in config.data])
     _check_windows(windows, config.data)
     drawn = min(config.samples, windows.total)
     return {"windows": windows.total, "windows_drawn": drawn, "tokens_to_compute": drawn * (PROMPT + ANSWER)}
 
 
+class Writer:
+    """A model that goes on from prompts of PROMPT tokens. mark: the ids that stand before each.
+
+    Raises:
+        Error: a model whose context is shorter than that.
+    """
+
+    def __init__(self, model: Transformer | Adapter, tokenizer: Tokenizer) -> None:
+        self.mark = beginning(tokenizer) if isinstance(model, Adapter) else [tokenizer.bos_id]
+        needed, longest = len(self.mark) + PROMPT + ANSWER, model.config.max_position
+        if 0 < longest < needed:
+            what = f"a window and what stands before it have {needed} tokens, the model reads {longest}"
+            raise Error(what, where="memorization", fix="measure a model of a longer context")
+        self._model = model if isinstance(model, Adapter) else Engine(model, context=needed)
+
+    def __call__(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """The ANSWER tokens that the model takes greedily behind each prompt. Raises Error for logits of no numbers."""
+        if isinstance(self._model, Adapter):
+            written = self._model.greedy(torch.tensor(prompts, device=self._model.head.device), ANSWER)
+            return [[int(token) for token in row] for row in written.tolist()]
+        given = self._model.run(Request(prompt, max_new_tokens=ANSWER) for prompt in prompts)
+        for answer in given:
+            if answer.error is not None:
+                raise answer.error
+        return [[token.id for token in answer.tokens] for answer in given]
+
+
 def recall(
-    model: Transformer, tokenizer: Tokenizer, windows: Windows, numbers: Ints, answers: Answers
+    model: Transformer | Adapter, tokenizer: Tokenizer, windows: Windows, numbers: Ints, answers: Answers
 ) -> list[Recalled]:
     """Have the model go on from the prompts of the windows of these numbers; what `answers` has is not asked again.
 
     Raises:
         Error: windows longer than the model's context, or logits that are no numbers.
     """
-    engine = Engine(model, context=1 + PROMPT + ANSWER)
-    if engine.context < 1 + PROMPT + ANSWER:
-        what = f"a window and <bos> have {1 + PROMPT + ANSWER} tokens, the model reads {engine.context}"
-        raise Error(what, where="memorization", fix="measure a model of a longer context")
+    write = Writer(model, tokenizer)
     found: list[Recalled] = []
     asked = [windows.read(number) for number in numbers.tolist()]
-    prompts = [[tokenizer.bos_id, *window.ids[:PROMPT]] for window in asked]
+    prompts = [[*write.mark, *window.ids[:PROMPT]] for window in asked]
     keys = [answers.key("memorization", 1, "greedy", [prompt, ANSWER]) for prompt in prompts]
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in answers}
     done = sum(key in answers for key in keys)
     with Progress(len(asked), "windows", "memorization", done=done) as progress:
         for some in _groups(list(missing.items()), AT_ONCE):
-            given = engine.run(Request(prompt, max_new_tokens=ANSWER) for _, prompt in some)
-            for (key, _), answer in zip(some, given, strict=True):
-                if answer.error is not None:
-                    raise answer.error
-                answers.put(key, [token.id for token in answer.tokens])
+            for (key, _), written in zip(some, write([prompt for _, prompt in some]), strict=True):
+                answers.put(key, written)
             progress.advance(len(some))
         for window, key in zip(asked, keys, strict=True):
-            written = [int(token) for token in answers[key]]
-            found.append(Recalled(window, written, distance(written, window.ids[PROMPT:])))
+            found.append(Recalled(window, answers[key], distance(answers[key], window.ids[PROMPT:])))
     return found
 
 

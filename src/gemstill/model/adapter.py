@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gemstill.core.errors import Error
-from gemstill.model.readout import Readout, logits
+from gemstill.model.readout import Readout, last_logits, logits
 from gemstill.model.transformer import count_positions
 
 _NO_MATTER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "gemstill_version")
@@ -168,6 +168,31 @@ class Adapter(nn.Module):
             positions, mask = count_positions(torch.zeros_like(tokens) if documents is None else documents.long()), None
         return (readout or logits)(self._hidden(tokens, positions, mask), self.head, self.softcap)
 
+    @torch.no_grad()
+    def greedy(self, prompts: Tensor, count: int) -> Tensor:
+        """The `count` tokens [B, count] int64 that go on prompts [B, T], each the likeliest behind those before it.
+
+        No token ends a text, and none is kept from being taken.
+
+        Raises:
+            Error: logits that are no numbers.
+        """
+        body, written = self.model.base_model, list[Tensor]()
+        # The older name of the argument warns from transformers 5.2x on.
+        name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+        tokens, past = prompts, None
+        for _ in range(count):
+            with self._arithmetic(tokens.device.type):
+                out = body(input_ids=tokens, use_cache=True, return_dict=True, **{name: past})
+            past, last = out[name], out.last_hidden_state.to(self.compute_dtype or self.head.dtype)
+            greatest, tokens = last_logits(last, self.head, self.softcap).max(-1)
+            if not bool(greatest.isfinite().all()):
+                fix = "compute in float32 or bfloat16: float16 overflows in some models"
+                raise Error("the model's logits are no numbers", where=self.config.family, fix=fix)
+            tokens = tokens[:, None]
+            written.append(tokens)
+        return torch.cat(written, 1)
+
     def _mask(self, positions: Tensor, ends: Tensor) -> Tensor | dict[str, Tensor]:
         """What is added to the scores of a row that is a tree, [B, 1, T, T], for each kind of layer that there is."""
         places = torch.arange(positions.shape[1], device=positions.device)
@@ -186,18 +211,22 @@ class Adapter(nn.Module):
 
     def _hidden(self, tokens: Tensor, positions: Tensor, mask: Any = None) -> Tensor:
         """The last hidden states [B, T, D] in the compute dtype."""
+        # Without a mask and a cache, `transformers` finds the packed documents where positions start anew.
+        with self._arithmetic(tokens.device.type):
+            out = self.model.base_model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, return_dict=True
+            )
+        hidden: Tensor = out.last_hidden_state
+        return hidden.to(self.compute_dtype or self.head.dtype)
+
+    def _arithmetic(self, device: str) -> Any:
+        """A context in which products are taken in the compute dtype."""
         stored = self.head.dtype
         dtype = self.compute_dtype or stored
         if torch.finfo(dtype).bits > torch.finfo(stored).bits:
             what = f"is to compute in {dtype}, but its weights are {stored}"
             raise Error(what.replace("torch.", ""), where=self.config.family, fix="open it with that dtype")
-        # Without a mask and a cache, `transformers` finds the packed documents where positions start anew.
-        with torch.autocast(tokens.device.type, dtype, enabled=dtype != stored):
-            out = self.model.base_model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, return_dict=True
-            )
-        hidden: Tensor = out.last_hidden_state
-        return hidden.to(dtype)
+        return torch.autocast(device, dtype, enabled=dtype != stored)
 
     @torch.no_grad()
     def _check(self, name: str) -> None:
