@@ -13,7 +13,7 @@ from gemstill.ops import native
 from gemstill.ops import packed as room
 from gemstill.ops.blocks import BLOCKS, dequantize, quantize
 from gemstill.ops.packed import MADE, Packed, from_blocks, pack, packed_linear
-from gemstill.ops.panels import FORMATS
+from gemstill.ops.panels import FORMATS, KINDS
 
 SHAPES = [(16, 256), (37, 96), (7, 32), (250, 1056)]  # rows: no multiple of 16; columns: an odd number of blocks
 VECTORS = (1, 2, 3, 5, 8, 9, 16, 64, 65)
@@ -103,6 +103,23 @@ def test_a_vector_does_not_depend_on_its_neighbours():
     together = packed.linear(x)
     for count in (1, 3, 8):
         assert torch.equal(packed.linear(x[:count]), together[:count]) or native.why_not()
+
+
+@pytest.mark.skipif(bool(native.why_not()), reason="no native kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_plain_tensors(dtype):
+    """More of them than are multiplied in one lot, and no whole number of tiles; a vector is the same in any company."""
+    weights, x = draw(205, 1000).to(dtype), draw(64, 1000, seed=1)
+
+    def products(x):
+        out = torch.empty(len(x), 205)
+        torch.ops.gemstill.packed_linear(x, [weights], [KINDS.index(str(dtype)[6:])], [205], out)
+        return out
+
+    together, true = products(x), x.double() @ weights.double().T
+    assert (together - true).norm() <= 5e-7 * true.norm()
+    for count in range(1, 64):
+        assert torch.equal(products(x[:count]), together[:count])
 
 
 def test_what_is_not_finite_stays_so_and_alone():

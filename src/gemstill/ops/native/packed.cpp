@@ -164,6 +164,14 @@ void multiply_packed(const Matrix& weights, const Activations& x, int64_t begin,
   }
 }
 
+template <class T>
+void multiply_plain(const Matrix& weights, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
+                    const Ahead& ahead) {
+  const T* data = reinterpret_cast<const T*>(weights.data);
+  const T* next = ahead.next && end >= ahead.stop ? reinterpret_cast<const T*>(ahead.next) : data + end * x.K;
+  multiply_rows(data + begin * x.K, x, end - begin, next, out, stride);
+}
+
 // Bytes 4j, …, 4j + 3 of each lot j belong to one row: q[r - first] = its integers in block b, for first <= r < last.
 template <Kind kind>
 void integers_of(const Panel& panel, int64_t b, int first, int last, uint8_t (*q)[BLOCK]) {
@@ -236,9 +244,9 @@ void multiply(const Matrix& weights, const Activations& x, int64_t begin, int64_
   STD_TORCH_CHECK(x.K == weights.K, "the vectors have another length than the matrix's rows");
   STD_TORCH_CHECK(is_plain(weights.kind) ? x.kind == weights.kind : !is_plain(x.kind), "vectors of another kind");
   if (weights.kind == Kind::float32) {
-    multiply_rows<float>(reinterpret_cast<const float*>(weights.data), x, begin, end, out, stride);
+    multiply_plain<float>(weights, x, begin, end, out, stride, ahead);
   } else if (weights.kind == Kind::bfloat16) {
-    multiply_rows<uint16_t>(reinterpret_cast<const uint16_t*>(weights.data), x, begin, end, out, stride);
+    multiply_plain<uint16_t>(weights, x, begin, end, out, stride, ahead);
   } else {
     by_kind(weights.kind, [&](auto kind) { multiply_packed<kind()>(weights, x, begin, end, out, stride, ahead); });
   }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 #include <vector>
 
 namespace gemstill {
@@ -33,6 +34,20 @@ struct Matrix {
   int64_t N, K;         // K a multiple of 32 unless plain, of 256 for q4_k, q5_k and q6_k
 };
 
+// Memory at the beginning of a line, so that no whole vector lies in two.
+template <class T>
+struct Lines {
+  using value_type = T;
+  static constexpr std::align_val_t line{64};
+
+  Lines() = default;
+  template <class U>
+  Lines(const Lines<U>&) {}
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), line)); }
+  void deallocate(T* at, std::size_t) { ::operator delete(at, line); }
+  bool operator==(const Lines&) const = default;
+};
+
 // M vectors of K numbers as products take them; made anew for other vectors without allocating again.
 //
 // For packed matrices: in each block of 32 integers of 15 bits, 128 high + low, and their scale. 8 bits alone would
@@ -48,7 +63,7 @@ class Activations {
   int64_t M = 0, K = 0, width = 0, blocks = 0;  // width: K rounded up to whole blocks
   Kind kind = Kind::float32;
   // [M, width]. Plain ones: floats, zeros from K on; for bfloat16 weights those at even places of each 32 come first.
-  std::vector<float> values;
+  std::vector<float, Lines<float>> values;
   std::vector<int8_t> high, low;
   std::vector<int16_t> whole;  // 128 high + low; of each 8 those at even places come first
   std::vector<float> scales, totals;          // [M, blocks]: of a block; the scale times the integers' sum

@@ -45,92 +45,165 @@ inline float total(Floats x) {
 }
 #endif
 
-// 2 LANES weights as floats: for bfloat16 those at even places, then those at odd ones.
-inline void weights_at(const float* from, Floats& a, Floats& b) {
-  a = vector_at<Floats>(from);
-  b = vector_at<Floats>(from + LANES);
+// Four vectors' totals, each the one that `total` gives.
+#ifdef __AVX512F__
+inline void totals_of(const Floats* x, float* to) {
+  const auto halves = [](Floats a, Floats b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44), _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee));
+  };
+  const __m512 ab = halves(x[0], x[1]), cd = halves(x[2], x[3]);
+  __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4e));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1));
+  const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(places, all)));
 }
-inline void weights_at(const uint16_t* from, Floats& a, Floats& b) {
+#else
+inline void totals_of(const Floats* x, float* to) {
+  for (int i = 0; i < 4; i++) to[i] = total(x[i]);
+}
+#endif
+
+// LANES of 2 LANES weights as floats: of bfloat16 those at even or at odd places, of float32 the first or the last.
+template <bool second>
+Floats weights_at(const float* from) {
+  return vector_at<Floats>(from + (second ? LANES : 0));
+}
+template <bool second>
+Floats weights_at(const uint16_t* from) {
   const Words both = vector_at<Words>(from);
-  a = (Floats)(both << 16);
-  b = (Floats)(both & 0xffff0000u);
+  return second ? (Floats)(both & 0xffff0000u) : (Floats)(both << 16);
+}
+template <class T>
+void weights_at(const T* from, Floats& a, Floats& b) {
+  a = weights_at<false>(from);
+  b = weights_at<true>(from);
 }
 
-// sums [R, M] of R rows of K weights, `apart` from one another, with vectors first, …, first + M - 1.
-template <class T, int R, int M>
-void multiply_tile(const T* rows, int64_t apart, int64_t K, const Activations& x, int64_t first, float* sums) {
-  constexpr int64_t step = 2 * LANES;
+constexpr int ROWS = 4, TOKENS = LANES == 16 ? 6 : 2;  // of a tile at most: its sums stay in registers
+constexpr int64_t LOT = 1 << 17;  // bytes of weights that stay in the second cache until all vectors have read them
+
+template <class T>
+struct Weights {  // rows, from one place to the next `apart` numbers
+  const T* data;
+  int64_t apart;
+
+  Weights from(int64_t row) const { return {data + row * apart, apart}; }
+};
+
+// sums [M, R] of R rows of K weights with vectors first, …, first + M - 1. Meanwhile asks for so many rows of `asked`.
+template <class T, int R, int M, int asks>
+void multiply_tile(const Weights<T>& rows, int64_t K, const Activations& x, int64_t first, const Weights<T>& asked,
+                   float* sums) {
+  constexpr int64_t step = 2 * LANES, line = 64 / sizeof(T);
   // In blocks of 32, of bfloat16's activations 16 lie at even places: with 8 lanes two steps share a block.
   constexpr bool permuted = sizeof(T) == 2;
-  Floats sum[R][M];
-  for (int r = 0; r < R; r++) {
-    for (int m = 0; m < M; m++) sum[r][m] = Floats{};
+  Floats sum[M][R];  // all loops are unrolled, or it would be in memory
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) sum[m][r] = Floats{};
   }
   const float* by = x.values.data() + first * x.width;
-  const auto add = [&](const T* from, int64_t stride, int64_t k) {
-    const int64_t even = permuted ? k / BLOCK * BLOCK + k % BLOCK / 2 : k, odd = even + (permuted ? BLOCK / 2 : LANES);
+  const auto add_half = [&](auto second, const Weights<T>& from, int64_t at) {
+    Floats w[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      Floats a, b;
-      weights_at(from + r * stride, a, b);
+    for (int r = 0; r < R; r++) w[r] = weights_at<second()>(from.data + r * from.apart);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        sum[r][m] += a * vector_at<Floats>(by + m * x.width + even);
-        sum[r][m] += b * vector_at<Floats>(by + m * x.width + odd);
-      }
+    for (int m = 0; m < M; m++) {
+      Floats one = vector_at<Floats>(by + m * x.width + at);
+#ifdef __AVX__
+      asm("" : "+v"(one));  // loaded once for all rows: compilers would load it again for each
+#endif
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sum[m][r] += w[r] * one;
     }
+  };
+  const auto add = [&](const Weights<T>& from, int64_t k) {
+    const int64_t even = permuted ? k / BLOCK * BLOCK + k % BLOCK / 2 : k, odd = even + (permuted ? BLOCK / 2 : LANES);
+    add_half(std::false_type{}, from, even);
+    add_half(std::true_type{}, from, odd);
   };
   int64_t k = 0;
   for (; k + step <= K; k += step) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const T* later = rows + r * apart + k + AHEAD / sizeof(T);
+    for (int r = 0; r < asks; r++) {
+      const T* later = asked.data + r * asked.apart + k;
       __builtin_prefetch(later, 0, 2);
-      if (step * sizeof(T) > 64) __builtin_prefetch(later + step / 2, 0, 2);
+      if (step > line) __builtin_prefetch(later + line, 0, 2);
     }
-    add(rows + k, apart, k);
+    add({rows.data + k, rows.apart}, k);
   }
   if (k < K) {
     T rest[R][step] = {};
-    for (int r = 0; r < R; r++) std::copy(rows + r * apart + k, rows + r * apart + K, rest[r]);
-    add(rest[0], step, k);
+    for (int r = 0; r < R; r++) std::copy(rows.data + r * rows.apart + k, rows.data + r * rows.apart + K, rest[r]);
+    add({rest[0], step}, k);
   }
-  for (int r = 0; r < R; r++) {
-    for (int m = 0; m < M; m++) sums[r * M + m] = total(sum[r][m]);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    if constexpr (R == 4) {
+      totals_of(sum[m], sums + m * R);
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sums[m * R + r] = total(sum[m][r]);
+    }
   }
 }
 
 // The same for count <= M vectors: out[m * stride + r * ahead].
-template <class T, int R, int M>
-void multiply_some(const T* rows, int64_t apart, const Activations& x, int64_t first, int64_t count, float* out,
-                   int64_t stride, int64_t ahead) {
+template <int R, int asks, int M = TOKENS, class T>
+void multiply_some(const Weights<T>& rows, const Activations& x, int64_t first, int64_t count, const Weights<T>& asked,
+                   float* out, int64_t stride, int64_t ahead) {
   if constexpr (M > 1) {
-    if (count < M) return multiply_some<T, R, M - 1>(rows, apart, x, first, count, out, stride, ahead);
+    if (count < M) return multiply_some<R, asks, M - 1>(rows, x, first, count, asked, out, stride, ahead);
   }
   float sums[R * M];
-  multiply_tile<T, R, M>(rows, apart, x.K, x, first, sums);
+  multiply_tile<T, R, M, asks>(rows, x.K, x, first, asked, sums);
   for (int r = 0; r < R; r++) {
-    for (int m = 0; m < M; m++) out[m * stride + r * ahead] = sums[r * M + m];
+    for (int m = 0; m < M; m++) out[m * stride + r * ahead] = sums[m * R + r];
   }
 }
 
+// out[m * stride + n] = the product of row n < count and vector m. next: what is read afterwards.
 template <class T>
-void multiply_rows(const T* weights, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride) {
-  // Four rows at once, from four places far apart: memory answers several streams faster than one.
-  constexpr int R = 4, most = LANES == 16 ? 4 : 2;
-  const int64_t tiles = (x.M + most - 1) / most, quarter = (end - begin) / R;
-  const T* from = weights + begin * x.K;
-  const auto each_tile = [&](const auto& f) {
-    for (int64_t tile = 0; tile < tiles; tile++) f(x.M * tile / tiles, x.M * (tile + 1) / tiles);
+void multiply_rows(const T* weights, const Activations& x, int64_t count, const T* next, float* out, int64_t stride) {
+  const int64_t K = x.K, tiles = (x.M + TOKENS - 1) / TOKENS, whole = count / ROWS * ROWS;
+  const auto each_tile = [&](const auto& f) {  // of about the same size each
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t first = x.M * tile / tiles;
+      f(tile, first, x.M * (tile + 1) / tiles - first);
+    }
   };
-  for (int64_t i = 0; i < quarter; i++) {
-    each_tile([&](int64_t m, int64_t stop) {
-      multiply_some<T, R, most>(from + i * x.K, quarter * x.K, x, m, stop - m, out + m * stride + i, stride, quarter);
-    });
+  if (tiles < ROWS) {
+    // Memory is what is waited for. Rows are read at four places far apart: it answers several streams faster than one.
+    const int64_t apart = whole / ROWS;
+    for (int64_t n = 0; n < apart; n++) {
+      const Weights<T> rows{weights + n * K, apart * K}, asked{rows.data + AHEAD / sizeof(T), rows.apart};
+      each_tile([&](int64_t tile, int64_t m, int64_t some) {
+        float* to = out + m * stride + n;
+        if (tile == 0) return multiply_some<ROWS, ROWS>(rows, x, m, some, asked, to, stride, apart);
+        multiply_some<ROWS, 0>(rows, x, m, some, asked, to, stride, apart);
+      });
+    }
+  } else {
+    // Products are. A few vectors stay in the first cache while they go through a lot of rows, and the next lot is asked
+    // for, a row for each four.
+    const int64_t most = std::max<int64_t>(1, LOT / (ROWS * K * int64_t(sizeof(T)))) * ROWS;
+    for (int64_t start = 0; start < whole; start += most) {
+      const int64_t stop = std::min(whole, start + most), apart = (stop - start) / ROWS;
+      Weights<T> asked{stop < whole ? weights + stop * K : next, K};
+      each_tile([&](int64_t, int64_t m, int64_t some) {
+        for (int64_t n = start; n < start + apart; n++, asked = asked.from(1)) {
+          const Weights<T> rows{weights + n * K, apart * K};
+          multiply_some<ROWS, 1>(rows, x, m, some, asked, out + m * stride + n, stride, apart);
+        }
+      });
+    }
   }
-  for (int64_t i = R * quarter; i < end - begin; i++) {
-    each_tile([&](int64_t m, int64_t stop) {
-      multiply_some<T, 1, most>(from + i * x.K, 0, x, m, stop - m, out + m * stride + i, stride, 0);
+  for (int64_t n = whole; n < count; n++) {
+    const Weights<T> row{weights + n * K, 0};
+    each_tile([&](int64_t, int64_t m, int64_t some) {
+      multiply_some<1, 0>(row, x, m, some, row, out + m * stride + n, stride, 0);
     });
   }
 }
