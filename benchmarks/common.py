@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from gemstill.core.machine import probe
@@ -133,7 +135,12 @@ else:
 
 
 def _resident(code: str) -> int:
-    child = subprocess.run([sys.executable, "-c", f"{code}\n{PEAK}"], capture_output=True, text=True, check=True)
+    # Code may import the benchmark that asks, from whatever folder that was started in.
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    command, environment = [sys.executable, "-c", f"{code}\n{PEAK}"], {**os.environ, "PYTHONPATH": path}
+    child = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if child.returncode:
+        raise SystemExit(f"{code}\nended with {child.returncode}: {child.stderr.strip()}")
     return int(child.stdout.split()[-1])
 
 
