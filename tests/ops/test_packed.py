@@ -108,7 +108,7 @@ def test_a_vector_does_not_depend_on_its_neighbours():
 @pytest.mark.skipif(bool(native.why_not()), reason="no native kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_plain_tensors(dtype):
-    """More of them than are multiplied in one lot, and no whole number of tiles; a vector is the same in any company."""
+    """More than one lot of them, no whole number of tiles; a vector is the same in any company."""
     weights, x = draw(205, 1000).to(dtype), draw(64, 1000, seed=1)
 
     def products(x):

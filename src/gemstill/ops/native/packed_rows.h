@@ -48,10 +48,10 @@ inline float total(Floats x) {
 // Four vectors' totals, each the one that `total` gives.
 #ifdef __AVX512F__
 inline void totals_of(const Floats* x, float* to) {
-  const auto halves = [](Floats a, Floats b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44), _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee));
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
   };
-  const __m512 ab = halves(x[0], x[1]), cd = halves(x[2], x[3]);
+  const __m512 ab = halves((__m512)x[0], (__m512)x[1]), cd = halves((__m512)x[2], (__m512)x[3]);
   __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
   all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4e));
   all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1));
@@ -186,11 +186,12 @@ void multiply_rows(const T* weights, const Activations& x, int64_t count, const 
       });
     }
   } else {
-    // Products are. A few vectors stay in the first cache while they go through a lot of rows, and the next lot is asked
-    // for, a row for each four.
-    const int64_t most = std::max<int64_t>(1, LOT / (ROWS * K * int64_t(sizeof(T)))) * ROWS;
-    for (int64_t start = 0; start < whole; start += most) {
-      const int64_t stop = std::min(whole, start + most), apart = (stop - start) / ROWS;
+    // Products are. A few vectors stay in the first cache while they go through a lot of rows, and the next lot is
+    // asked for, a row for each four.
+    const int64_t fours = whole / ROWS, lots = (whole * K * int64_t(sizeof(T)) + LOT - 1) / LOT;
+    for (int64_t lot = 0; lot < lots; lot++) {
+      const int64_t start = fours * lot / lots * ROWS, stop = fours * (lot + 1) / lots * ROWS;
+      const int64_t apart = (stop - start) / ROWS;
       Weights<T> asked{stop < whole ? weights + stop * K : next, K};
       each_tile([&](int64_t, int64_t m, int64_t some) {
         for (int64_t n = start; n < start + apart; n++, asked = asked.from(1)) {
