@@ -125,6 +125,24 @@ def test_the_answer_does_not_depend_on_its_neighbours(config: ModelConfig) -> No
             assert ours.logprob == pytest.approx(theirs.logprob, abs=TIE)
 
 
+@pytest.mark.usefixtures("either")
+def test_what_was_computed_is_forgotten_and_given_up_between_steps() -> None:
+    """With one answer ended and one under way: the next is computed anew, and right."""
+    model, prompt = network(), tokens(30)
+    engine, due = Engine(model), alone(model, prompt)
+    engine.run([Request(tokens(20, seed=1), max_new_tokens=3)])
+    answer = engine.submit(Request(prompt, max_new_tokens=NEW))
+    for _ in range(3):
+        engine.step()
+    engine.forget()
+    engine.abandon(answer)
+    assert answer.ended == "cancelled"
+    assert all_free(engine)
+    fed = engine.fed
+    assert ids(engine.run([Request(prompt, max_new_tokens=NEW)])[0]) == due
+    assert engine.fed >= fed + len(prompt)
+
+
 def test_a_seed_gives_its_text_whenever_it_comes_and_whoever_is_beside_it() -> None:
     model = network()
     requests = [

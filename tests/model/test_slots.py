@@ -68,13 +68,14 @@ def test_any_walk_over_texts_equals_a_fresh_start(config, monkeypatch):
     assert refused > 0
 
 
+@pytest.mark.parametrize("stepped", [False, True], ids=["whole", "stepped"])
 @pytest.mark.parametrize("config", [BASE, replace(GEMMA3, sliding_window=3)], ids=name_of)
 @torch.no_grad()
-def test_a_cache_of_another_size_holds_the_same_texts(config, monkeypatch):
+def test_a_cache_of_another_size_holds_the_same_texts(config, stepped, monkeypatch):
     """Slots more and fewer, longer and shorter, in another order; a text goes on as before or says that it is lost."""
     monkeypatch.setattr(room, "SPARE", 2)
     model, draw = ours(config), random.Random(1)
-    cache, texts = SlotCache(config, 1, 3), [[]]
+    cache, texts = SlotCache(config, 1, 3, stepped=stepped), [[]]
     for step in range(120):
         if step % 3 == 0:
             keep = draw.sample(range(len(texts)), draw.randrange(len(texts) + 1))
@@ -92,6 +93,20 @@ def test_a_cache_of_another_size_holds_the_same_texts(config, monkeypatch):
             texts[slot] += new
             logits = model(torch.tensor([new]), cache=cache.view(slot))
             torch.testing.assert_close(logits[0, -1], model(torch.tensor([texts[slot]]))[0, -1], **CLOSE)
+
+
+@torch.no_grad()
+def test_what_is_taken_back_of_a_slot_that_became_shorter_is_no_more_than_that(monkeypatch):
+    """A text once reached further than its slot, read in steps, does now: its beginning stays."""
+    monkeypatch.setattr(room, "SPARE", 2)
+    model, ids = ours(BASE), text(BASE, 1, 10)
+    cache = SlotCache(BASE, 1, 20, stepped=True)
+    model(ids, cache=cache.view(0))
+    assert cache.rewind(0, 8)
+    cache.resize([0], 1, 9)
+    assert cache.rewind(0, 7)
+    logits = model(ids[:, 7:8], cache=cache.view(0))
+    torch.testing.assert_close(logits[0, -1], model(ids[:, :8])[0, -1], **CLOSE)
 
 
 def test_what_can_be_taken_back(monkeypatch):

@@ -168,6 +168,7 @@ class SlotLayer:
         for x in self.tensors:
             x[target, :, :count] = x[source, :, :count]
 
+    @torch.inference_mode()  # memory that was made in a step is written in that mode alone
     def clear(self, slot: int, first: int, last: int) -> None:
         """Make the keys and values at positions [first, last) of a slot 0: what reads them may be another's text."""
         at = torch.arange(first, min(last, first + self.size), device=self.keys.device) % self.size
@@ -258,7 +259,9 @@ class SlotCache:
         if not self.holds(slot, length):
             return False
         for layer in self.layers if self.stepped else []:
-            layer.clear(slot, length, self._reached[slot])
+            # Where nothing goes round, what lay behind the end of a slot that has become shorter is gone.
+            end = self._reached[slot] if layer.size < self.capacity else min(self._reached[slot], self.capacity)
+            layer.clear(slot, length, end)
         self.lengths[slot] = length
         if length == 0:
             self._reached[slot] = 0
