@@ -134,8 +134,8 @@ def test_made_up_choices(backends) -> None:
 
 def test_made_up_documents(backends, monkeypatch) -> None:
     _windows(monkeypatch, *backends)
-    # More than a window. The whole text, 2,142 tokens in three windows, is 1.5e-3 apart: rounding adds up over a sum.
-    texts = [(topics["execmodel"][:5_000],), ("A short one.",), ("= Title = \n \n A <unk> text @-@ of Wikipedia . \n",)]
+    # The first one in three windows.
+    texts = [(topics["execmodel"],), ("A short one.",), ("= Title = \n \n A <unk> text @-@ of Wikipedia . \n",)]
     asked = instances("loglikelihood_rolling", texts)
     print(f"largest difference {compare(*(lm.loglikelihood_rolling(asked) for lm in backends)):.1e}")
 

@@ -1,6 +1,7 @@
 """linear_cross_entropy against the plain formula, written with all logits at once, in float64."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -146,6 +147,16 @@ def test_gradients_of_the_rows_a_confident_model_is_right_about():
     size = exact.norm(dim=1).clamp_min(1e-12)
     error, bar = ((g.double() - exact).norm(dim=1) / size for g in (ours, formula))
     assert error.quantile(0.9) <= 1.5 * bar.quantile(0.9)
+
+
+def test_one_large_entry_does_not_swallow_many_small_ones():
+    """A likely token among 262,143 that are each less than half a unit in the last place of it."""
+    small = -17.0
+    hidden, head = torch.ones(3, 1), torch.full((262_144, 1), small)
+    head[5] = 0
+    found = log_probs(hidden, head, torch.tensor([5, 5, 5]))
+    due = -math.log1p((len(head) - 1) * math.exp(small))
+    assert found.tolist() == pytest.approx([due] * 3, abs=2e-6)
 
 
 def test_head_gradient_is_summed_in_float32(monkeypatch):

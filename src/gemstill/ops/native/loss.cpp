@@ -8,7 +8,9 @@
 
 namespace {
 
-constexpr int64_t lot = 4096;  // a partial sum in float, of which a row's sum is made in double
+// A partial sum in float, of which a row's sum is made in double: so few that one large entry does not swallow many
+// small ones, which over a vocabulary would make every log-sum-exp some 4e-7 too small.
+constexpr int64_t lot = 256;
 
 template <class T, bool capped, bool bounded>
 double row_top(const T* raw, int64_t V, const Cap& cap) {  // taken out where e^z may overflow
