@@ -140,7 +140,7 @@ def _resident(code: str) -> int:
     command, environment = [sys.executable, "-c", f"{code}\n{PEAK}"], {**os.environ, "PYTHONPATH": path}
     child = subprocess.run(command, capture_output=True, text=True, env=environment)
     if child.returncode:
-        raise SystemExit(f"{code}\nended with {child.returncode}: {child.stderr.strip()}")
+        raise RuntimeError(f"{code}\nended with {child.returncode}: {child.stderr.strip()}")
     return int(child.stdout.split()[-1])
 
 
