@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gemstill.evaluation.compare import compare, paired_interval
 from gemstill.evaluation.folder import ANSWERS, RESULTS
 from gemstill.evaluation.run import Setting, measure
 from gemstill.evaluation.tasks import Asked
+from gemstill.report.evaluation import evaluation_report
 from tests.evaluation.roots import Teller, write_root
 
 pytestmark = pytest.mark.filterwarnings("ignore::gemstill.core.notices.Notice")
@@ -97,6 +99,59 @@ def test_other_items_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> 
         compare(folders[0], tmp_path / "d")
 
 
+def _rows(results: dict[str, Any], **fields: Any) -> None:
+    for row in results["gemstill"]["rows"]:
+        row |= fields
+
+
+RESULTS_OF_ANOTHER = {
+    "nothing": lambda results: results.update(gemstill=None),
+    "no rows": lambda results: results["gemstill"].pop("rows"),
+    "rows of numbers": lambda results: results["gemstill"].update(rows=[1]),
+    "no tasks": lambda results: results["gemstill"].pop("asked"),
+    "a list of tasks": lambda results: results["gemstill"].update(asked=[]),
+    "a path as a task": lambda results: results["gemstill"].update(asked={"mmlu": ["../x"]}),
+    "rows of no task": lambda results: _rows(results, task=None),
+    "a number for a metric": lambda results: _rows(results, metric=3),
+    "a text for a value": lambda results: _rows(results, value="x"),
+}
+ITEM = {"doc_id": 0, "doc_hash": "a", "filter": "none"}
+SAMPLES_OF_ANOTHER = {
+    "": "piqa.jsonl: holds no item",
+    "[" * 100_000: "piqa.jsonl, line 1: is no item of an evaluation",
+    json.dumps(ITEM | {"doc_id": [1]}): "piqa.jsonl, line 1: is no item of an evaluation",
+    json.dumps({"doc_hash": "a", "filter": "none"}): "piqa.jsonl, line 1: is no item of an evaluation",
+}
+
+
+@pytest.mark.parametrize("case", RESULTS_OF_ANOTHER)
+def test_results_that_gemstill_did_not_write_are_refused(folders: tuple[Path, Path], tmp_path: Path, case: str) -> None:
+    shutil.copytree(folders[0], tmp_path / "a")
+    results = json.loads((tmp_path / "a" / RESULTS).read_text())
+    RESULTS_OF_ANOTHER[case](results)
+    (tmp_path / "a" / RESULTS).write_text(json.dumps(results))
+    for read in (lambda: compare(folders[0], tmp_path / "a"), lambda: evaluation_report(tmp_path / "a")):
+        with pytest.raises(Error, match=r"results.json: is no result of gemstill eval; evaluate again"):
+            read()
+
+
+@pytest.mark.parametrize("case", SAMPLES_OF_ANOTHER, ids=range(len(SAMPLES_OF_ANOTHER)))
+def test_items_that_gemstill_did_not_write_are_refused(folders: tuple[Path, Path], tmp_path: Path, case: str) -> None:
+    shutil.copytree(folders[0], tmp_path / "a")
+    (tmp_path / "a" / "samples" / "piqa.jsonl").write_text(case)
+    for read in (lambda: compare(folders[0], tmp_path / "a"), lambda: evaluation_report(tmp_path / "a")):
+        with pytest.raises(Error, match=SAMPLES_OF_ANOTHER[case]):
+            read()
+
+
+def test_items_without_what_a_page_shows_are_told_in_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders[0], tmp_path / "a")
+    (tmp_path / "a" / "samples" / "piqa.jsonl").write_text(json.dumps(ITEM))
+    with pytest.raises(Error, match=r"holds something that gemstill eval did not write \(KeyError: .*; evaluate again"):
+        evaluation_report(tmp_path / "a")
+    assert not (tmp_path / "a" / "report.html").exists()
+
+
 def test_folders_that_are_no_evaluation(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(Error, match=r"results.json: cannot be read"):
         compare(folders[0], tmp_path)
@@ -111,6 +166,6 @@ def test_folders_that_are_no_evaluation(folders: tuple[Path, Path], tmp_path: Pa
     with pytest.raises(Error, match=r"mmlu_anatomy.jsonl: cannot be read \(No such file or directory\)"):
         compare(tmp_path, folders[0])
     (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "mmlu_anatomy.jsonl").write_text('{"filter": "none"}\nnonsense\n')
+    (tmp_path / "samples" / "mmlu_anatomy.jsonl").write_text(json.dumps(ITEM) + "\nnonsense\n")
     with pytest.raises(Error, match=r"mmlu_anatomy.jsonl, line 2: is no item of an evaluation"):
         compare(tmp_path, folders[0])

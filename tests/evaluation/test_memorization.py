@@ -181,6 +181,16 @@ def test_bad_input_is_answered_in_one_line(known: Path, tmp_path: Path, capsys: 
         assert line in said[-1]
 
 
+@pytest.mark.parametrize("answer", [None, "a", [1], [[1]] * ANSWER, [-1] * ANSWER, [0.5] * ANSWER])
+def test_kept_answers_that_are_none_are_refused(known: Path, tmp_path: Path, answer: object) -> None:
+    run(config(known, tmp_path))
+    head, first, *rest = (tmp_path / "answers.jsonl").read_text().splitlines()
+    changed = json.dumps(json.loads(first) | {"answer": answer})
+    (tmp_path / "answers.jsonl").write_text("\n".join([head, changed, *rest, ""]))
+    with pytest.raises(Error, match=r"answers.jsonl: has .* which is no answer to that"):
+        run(config(known, tmp_path))
+
+
 def _texts(folder: Path) -> Path:
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("".join(TEXT))

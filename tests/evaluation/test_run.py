@@ -104,6 +104,19 @@ def test_damaged_answers_are_named(tmp_path: Path) -> None:
         Answers(path, "one")
 
 
+@pytest.mark.parametrize("answer", [None, "a", 3, [1.0], [1.0, True, 2], ["a", "b"], [math.nan, True], True])
+def test_answers_of_another_kind_are_refused(root: Path, tmp_path: Path, answer: object) -> None:
+    run(root, tmp_path)
+    lines = (tmp_path / ANSWERS).read_bytes().splitlines(keepends=True)
+    for place in (1, len(lines) - 1):
+        changed = json.dumps(json.loads(lines[place]) | {"answer": answer}).encode() + b"\n"
+        if place > 1 and answer == 3:
+            continue  # of a document the log-likelihood, a number
+        (tmp_path / ANSWERS).write_bytes(b"".join([*lines[:place], changed, *lines[place + 1 :]]))
+        with pytest.raises(Error, match=r"answers.jsonl: has .* which is no answer to that; delete that line"):
+            run(root, tmp_path)
+
+
 def test_the_folder_holds_results_items_and_where_the_data_came_from(root: Path, tmp_path: Path) -> None:
     results = run(root, tmp_path, limit=4)
     saved = json.loads((tmp_path / RESULTS).read_text())

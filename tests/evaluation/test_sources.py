@@ -316,12 +316,24 @@ FAULTS = {
     "bbq_ambig": ("bbq/Age.jsonl.gz", "label", 3, "line 2: has 3 in field 'label', which should be 0 to 2"),
     "agieval": ("agieval/lsat-ar.jsonl", "options", ["(A)", 2], "in field 'options', which should be a list of texts"),
     "minerva_math500": ("math500/MATH500.jsonl", "prompt", None, "line 2: has no field 'prompt'"),
+    "piqa, an empty choice": ("piqa/valid.jsonl", "sol1", " ", "line 2: has nothing in field 'sol1'"),
+    "piqa, no text": ("piqa/valid.jsonl", "goal", "a\ud800", "line 2: has half a surrogate pair in field 'goal'"),
+    "agieval_lsat_ar, no text": (
+        "agieval/lsat-ar.jsonl",
+        "options",
+        ["(A)\udc00"],
+        "surrogate pair in field 'options'",
+    ),
+    "agieval_lsat_ar, none": ("agieval/lsat-ar.jsonl", "options", ["(A)", ""], "be choices, none of them empty"),
+    "agieval_lsat_ar, passage": ("agieval/lsat-ar.jsonl", "passage", {"a": 1}, f"in field 'passage', which {TEXT}"),
+    "bbq_ambig, an empty choice": ("bbq/Age.jsonl.gz", "ans0", "", "line 2: has nothing in field 'ans0'"),
 }
 
 
-@pytest.mark.parametrize("task", FAULTS)
-def test_a_field_that_is_missing_or_wrong_is_named_with_file_and_line(task: str, tmp_path: Path) -> None:
-    name, field, value, sentence = FAULTS[task]
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_field_that_is_missing_or_wrong_is_named_with_file_and_line(case: str, tmp_path: Path) -> None:
+    task = case.split(",")[0]
+    name, field, value, sentence = FAULTS[case]
     edited(write_root(tmp_path), name, field, value)
     with pytest.raises(Error) as caught:
         select([Asked(task)], data_root=tmp_path)
@@ -353,6 +365,10 @@ def test_tables_and_lists_name_their_lines_and_items(tmp_path: Path) -> None:
     put(root / "siqa/test.json", json.dumps([{"instruction": "What?", "answer": "answer1"}]))
     with pytest.raises(Error, match=r"siqa/test.json, item 1: has no question with options in field 'instruction'"):
         select([Asked("social_iqa")], data_root=root)
+    nothing = {"instruction": "Please choose: Which?\n\nAnswer1: a Answer2: \n\nAnswer format: b", "answer": "answer1"}
+    put(root / "siqa/test.json", json.dumps([nothing]))
+    with pytest.raises(Error, match=r"siqa/test.json, item 1: has an option of nothing in field 'instruction'"):
+        select([Asked("social_iqa")], data_root=root)
     put(root / "siqa/test.json", "{}")
     with pytest.raises(Error, match=r"siqa/test.json: holds no list of items"):
         select([Asked("social_iqa")], data_root=root)
@@ -363,7 +379,7 @@ def test_tables_and_lists_name_their_lines_and_items(tmp_path: Path) -> None:
     with pytest.raises(Error, match=r"Age.jsonl.gz: is no whole gzip file; fetch it again"):
         select([Asked("bbq")], data_root=root)
     put(root / "gsm8k/test.jsonl", "")
-    with pytest.raises(Error, match=r"openai/gsm8k: the files of its split 'test' hold no item"):
+    with pytest.raises(Error, match=r"gsm8k/test.jsonl: holds no item; fetch it again"):
         select([Asked("gsm8k")], data_root=root)
     put(root / "wikitext2/valid.txt", "no titles")
     with pytest.raises(Error, match=r"valid.txt: holds no article"):

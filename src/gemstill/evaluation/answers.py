@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,19 @@ VERSION = 2
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")  # what lm-eval asks of a model
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _number(value[0]) and isinstance(value[1], bool)
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "loglikelihood": _pair, "loglikelihood_rolling": _number, "generate_until": lambda value: isinstance(value, str),
+}  # fmt: skip
+
+
 class Answers:
     """The answers of one model in one file; without a path they are kept in memory alone.
 
@@ -33,7 +46,7 @@ class Answers:
     """
 
     def __init__(self, path: Path | None, model: str, name: str = "") -> None:
-        self.model, self._kept, self._file = model, dict[str, Any](), None
+        self.model, self.path, self._kept, self._file = model, path, dict[str, Any](), None
         if path is None:
             return
         head = {"format": "gemstill answers", "version": VERSION, "model": model, "name": name}
@@ -64,6 +77,14 @@ class Answers:
 
     def __getitem__(self, key: str) -> Any:
         return self._kept[key]
+
+    def check(self, keys: Iterable[str], fits: Callable[[Any], bool]) -> None:
+        """Raise Error where an answer that is kept under one of these keys is none to what was asked."""
+        for key in keys:
+            if key in self._kept and not fits(self._kept[key]):
+                what = f"has {json.dumps(self._kept[key])[:60]} under key {key[:12]}…, which is no answer to that"
+                fix = "delete that line (its answer is asked for again), or name another --out"
+                raise Error(what, where=self.path, fix=fix)
 
     def key(self, task: str, version: object, method: str, arguments: Iterable[Any], repeat: int = 0) -> str:
         """The hash under which an answer is kept. repeat: which of several equal requests it is."""
@@ -158,6 +179,7 @@ class Answering:
             if key not in self._answers:
                 missing.append((key, request))
                 waiting[_asked(method, request.args)].append(key)
+        self._answers.check(keys, _FITS[method])
         label = {"generate_until": "texts", "loglikelihood": "choices"}.get(method, "documents")
         done = len(keys) - len(missing)
         with Progress(len(keys), label, "eval", done=done, quiet=self._quiet) as progress:

@@ -49,6 +49,8 @@ def _instruction(item: Record) -> tuple[str, list[str], int]:
     answer = re.fullmatch(r"(?:answer|option)(\d+)", item.text("answer").strip())
     if parts[0].strip() or parts[1::2] != [str(number) for number in range(1, len(options) + 1)] or not options:
         raise item.error("has options in field 'instruction' that are not numbered from 1")
+    if not all(options):
+        raise item.error("has an option of nothing in field 'instruction'")
     if not answer or not 1 <= int(answer[1]) <= len(options):
         raise item.error(f"has '{item.text('answer')}' in field 'answer', which names none of its options")
     return found["question"], options, int(answer[1]) - 1
@@ -100,7 +102,7 @@ def boolq(item: Record) -> Row:
 
 def hellaswag(item: Record) -> Row:
     """Rowan/hellaswag: activity_label, ctx_a, ctx_b, ctx, endings, label (a number from 0, as text)."""
-    endings, label = item.texts("endings"), item.get("label", int)
+    endings, label = item.choices("endings"), item.get("label", int)
     if not 0 <= label < len(endings):
         raise item.error(f"has {label} in field 'label', which names none of its endings")
     names = ("activity_label", "ctx_a", "ctx_b", "ctx")
@@ -192,10 +194,10 @@ def agieval(item: Record) -> Row:
 
     The query is AGIEval's own prompt without examples (Zhong et al., 2023).
     """
-    passage, question = item.fields.get("passage") or "", item.text("question")
+    passage, question = item.text("passage") if item.fields.get("passage") else "", item.text("question")
     if not item.fields.get("options"):
         return {"query": f"{passage}Q: {question}\nA: The answer is", "answer": item.text("answer")}
-    options, label = item.texts("options"), item.text("label")
+    options, label = item.choices("options"), item.text("label")
     letters = "ABCDEFGH"[: len(options)]
     if len(label) != 1 or label not in letters:
         raise item.error(f"has '{label}' in field 'label', which names none of its options")
@@ -237,21 +239,24 @@ def _parts(text: str) -> list[str]:
 
 def crows_pairs(item: Record) -> Row:
     """jannalu/crows_pairs_multilingual: sent_more, sent_less, bias_type."""
-    return {name: item.text(name) for name in ("sent_more", "sent_less", "stereo_antistereo", "bias_type")}
+    sentences = {name: item.choice(name) for name in ("sent_more", "sent_less")}
+    return sentences | {name: item.text(name) for name in ("stereo_antistereo", "bias_type")}
 
 
 def bbq(item: Record) -> Row:
     """oskarvanderwal/bbq: the item as its makers wrote it."""
-    names = ("question_polarity", "context_condition", "category", "context", "question", "ans0", "ans1", "ans2")
+    names = ("question_polarity", "context_condition", "category", "context", "question")
+    answers = ("ans0", "ans1", "ans2")
     info = item.get("answer_info", dict)
     groups = item.get("additional_metadata", dict).get("stereotyped_groups")
-    if not isinstance(groups, list) or any(not isinstance(info.get(name), list) for name in names[-3:]):
+    if not isinstance(groups, list) or any(not isinstance(info.get(name), list) for name in answers):
         raise item.error("has no 'stereotyped_groups' in 'additional_metadata', or no three answers in 'answer_info'")
     if not 0 <= (label := item.get("label", int)) <= 2:
         raise item.error(f"has {label} in field 'label', which should be 0 to 2")
     return {
         **{name: item.text(name) for name in names},
-        "answer_info": {name: info[name] for name in names[-3:]},
+        **{name: item.choice(name) for name in answers},
+        "answer_info": {name: info[name] for name in answers},
         "additional_metadata": {"stereotyped_groups": groups},
         "label": label,
     }
@@ -291,9 +296,8 @@ def piqa(paths: Sequence[Path]) -> list[Row]:
     wrong = next((number for number, label in enumerate(labels, 1) if label not in ("0", "1")), None)
     if wrong is not None:
         raise Error("is no label; it should be 0 or 1", where=f"{paths[1]}, line {wrong}")
-    names = ("goal", "sol1", "sol2")
     return [
-        {name: item.text(name) for name in names} | {"label": int(label)}
+        {"goal": item.text("goal"), "sol1": item.choice("sol1"), "sol2": item.choice("sol2"), "label": int(label)}
         for item, label in zip(items, labels, strict=True)
     ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemstill.core.errors import Error
-from gemstill.evaluation.folder import read_results, read_samples, split_metric
+from gemstill.evaluation.folder import read_results, read_samples, split_metric, whole
 from gemstill.evaluation.scores import Z
 from gemstill.evaluation.table import aligned
 
@@ -76,6 +76,11 @@ def compare(first: Path, second: Path) -> tuple[list[Difference], list[str]]:
         Error: as `run` does.
     """
     results = [read_results(folder) for folder in (first, second)]
+    with whole(f"{first} and {second}"):
+        return _compared(first, second, results)
+
+
+def _compared(first: Path, second: Path, results: Sequence[dict[str, Any]]) -> tuple[list[Difference], list[str]]:
     wanted = [_metrics(result) for result in results]
     found, alone = [], sorted({name for name, _ in wanted[0].keys() ^ wanted[1].keys()})
     for (name, metric), leaves in wanted[0].items():

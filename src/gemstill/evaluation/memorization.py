@@ -194,6 +194,7 @@ def recall(
     asked = [windows.read(number) for number in numbers.tolist()]
     prompts = [[*write.mark, *window.ids[:PROMPT]] for window in asked]
     keys = [answers.key("memorization", 1, "greedy", [prompt, ANSWER]) for prompt in prompts]
+    answers.check(keys, _is_answer)
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in answers}
     done = sum(key in answers for key in keys)
     with Progress(len(asked), "windows", "memorization", done=done) as progress:
@@ -276,6 +277,12 @@ def source_names(datasets: Sequence[TokenDataset]) -> list[str]:
     names = ["+".join(str(source["name"]) for source in dataset.index["source"]) for dataset in datasets]
     twice = {name for name, count in Counter(names).items() if count > 1}
     return [f"{n} ({d.folder})" if n in twice else n for n, d in zip(names, datasets, strict=True)]
+
+
+def _is_answer(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == ANSWER and all(type(token) is int and token >= 0 for token in value)
+    )
 
 
 def _said(one: dict[str, Any]) -> str:

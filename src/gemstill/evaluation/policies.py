@@ -161,6 +161,7 @@ def _replies(
 
     prompts = [encode_turns(tokenizer, [{"role": "user", "content": probe.request}]) for probe in asked]
     keys = [answers.key("policies", VERSION, "answer", [prompt, max_new_tokens]) for prompt in prompts]
+    answers.check(keys, lambda value: isinstance(value, str))
     missing = [number for number, key in enumerate(keys) if key not in answers]
     engine, under_way = Engine(model), {}
     for number in missing:
@@ -184,6 +185,7 @@ def _verdicts(judge: Judge, asked: Sequence[Probe], replies: Iterable[str], answ
         for probe, reply in zip(asked, replies, strict=True):
             question = QUESTION.format(policy=probe.policy, forbids=probe.forbids, request=probe.request, answer=reply)
             key = answers.key("policies", VERSION, "verdict", [judge.name, question])
+            answers.check([key], _is_verdict)
             if key in answers:
                 found.append(Verdict(**answers[key]))
             else:
@@ -195,6 +197,11 @@ def _verdicts(judge: Judge, asked: Sequence[Probe], replies: Iterable[str], answ
                     check_judged(len(found) - nonsense, nonsense, judge.name)
             progress.advance()
     return found
+
+
+def _is_verdict(value: Any) -> bool:
+    names = {"violates", "refuses"}
+    return isinstance(value, dict) and value.keys() == names and all(type(one) is bool for one in value.values())
 
 
 def _row(policy: str, asked: Sequence[Probe], verdicts: Sequence[Verdict | None]) -> dict[str, Any]:

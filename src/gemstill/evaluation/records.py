@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemstill.core.errors import Error
+from gemstill.text.tokenizer import valid_text
 
 T = TypeVar("T")
 _KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "a group of fields"}
@@ -39,15 +40,34 @@ class Record:
         return value
 
     def text(self, name: str) -> str:
-        """The field `name`, a text."""
-        return self.get(name, str)
+        """The field `name`, a text; raises Error also for half a surrogate pair, which no UTF-8 text has."""
+        return self._whole(name, self.get(name, str))
+
+    def choice(self, name: str) -> str:
+        """The field `name`, a text that a model can be asked for: not an empty one."""
+        text = self.text(name)
+        if not text.strip():
+            raise self.error(f"has nothing in field '{name}', which should be a choice")
+        return text
 
     def texts(self, name: str) -> list[str]:
         """The field `name`, a list of texts."""
         values = self.get(name, list)
         if not all(isinstance(value, str) for value in values):
             raise self.error(f"has {values!r:.60} in field '{name}', which should be a list of texts")
+        return [self._whole(name, value) for value in values]
+
+    def choices(self, name: str) -> list[str]:
+        """The field `name`, a list of texts that a model can be asked for."""
+        values = self.texts(name)
+        if not values or not all(value.strip() for value in values):
+            raise self.error(f"has {values!r:.60} in field '{name}', which should be choices, none of them empty")
         return values
+
+    def _whole(self, name: str, text: str) -> str:
+        if text != valid_text(text):
+            raise self.error(f"has half a surrogate pair in field '{name}'")
+        return text
 
     def error(self, what: str) -> Error:
         """An error about this record."""

@@ -183,7 +183,10 @@ def locate(config: Config, root: Path) -> Found | Missing:
         elif split != OPTIONAL or config.get("test_split") == OPTIONAL:
             absent = next(pattern for pattern, paths in zip(patterns, found, strict=True) if not paths)
             return Missing(f"no {absent.format(name=folder)} (or .gz)")
-    override: Config = {"custom_dataset": _dataset({split: source.rows(paths) for split, paths in there.items()}, path)}
+    rows = {split: source.rows(paths) for split, paths in there.items()}
+    if (empty := next((split for split, items in rows.items() if not items), None)) is not None:
+        raise Error("holds no item", where=there[empty][0], fix="fetch it again")
+    override: Config = {"custom_dataset": _dataset(rows)}
     # Where a split is not there lm-eval's own rule takes the next: few-shot examples from the evaluated split, without
     # the item itself.
     for key in _SPLITS:
@@ -197,11 +200,7 @@ def locate(config: Config, root: Path) -> Found | Missing:
     return Found(override, hashes, source.note, OPTIONAL in source.splits and OPTIONAL not in there)
 
 
-def _dataset(rows: Mapping[str, list[Row]], where: str) -> Callable[..., Any]:
-    empty = next((split for split, items in rows.items() if not items), None)
-    if empty is not None:
-        raise Error(f"the files of its split '{empty}' hold no item", where=where)
-
+def _dataset(rows: Mapping[str, list[Row]]) -> Callable[..., Any]:
     @functools.cache
     def made() -> Any:
         import datasets

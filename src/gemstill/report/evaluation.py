@@ -14,7 +14,7 @@ from gemstill.core import files
 from gemstill.evaluation import command
 from gemstill.evaluation.calibration import BINS, Choice, bins, choice, expected_error, likeliest
 from gemstill.evaluation.command import EvalConfig
-from gemstill.evaluation.folder import Sample, read_results, read_samples, split_metric
+from gemstill.evaluation.folder import Sample, read_results, read_samples, split_metric, whole
 from gemstill.evaluation.scores import interval
 from gemstill.evaluation.suites import SUITES, Suite
 from gemstill.evaluation.table import cells
@@ -41,6 +41,15 @@ def evaluation_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     results = read_results(folder)
+    with whole(str(folder)):
+        name, parts = _contents(folder, results)
+    path = folder / "report.html"
+    files.write(path, page(f"{name} · gemstill eval", parts))
+    return path
+
+
+def _contents(folder: Path, results: dict[str, Any]) -> tuple[str, list[str]]:
+    """The page's title and parts."""
     ours = results["gemstill"]
     suite = SUITES.get(ours["suite"])
     name = str(results["config"]["model"])
@@ -64,9 +73,7 @@ def evaluation_report(folder: str | Path) -> Path:
         pairs(_settings(results)),
         *_data(ours["files"]),
     ]
-    path = folder / "report.html"
-    files.write(path, page(f"{name} · gemstill eval", parts))
-    return path
+    return name, parts
 
 
 _INTERVALS = (
