@@ -2,7 +2,7 @@
 
 A teacher (`mini-1m`) learns from text; then small students of one shape learn from it over the same windows
 in the same order: from all of its distribution (online, the reference), and from stores of `threshold`,
-`topk` and `sample` of at most 16 bytes a token, the whole folder counted. For each seed the students differ
+`topk` and `sample` of at most --bytes bytes a token, the whole folder counted. For each seed the students differ
 in nothing else. On held-out text: perplexity, how often the student's likeliest token is the teacher's, and
 the expected calibration error (arXiv 1706.04599, 15 bins). All is kept in --run and gone on with from there.
 """
@@ -46,15 +46,24 @@ from gemstill.train.config import DataChoice, ModelChoice, OptimizerConfig, Sche
 from gemstill.train.optimizer import Optimizer
 from gemstill.train.run import train
 
-VOCAB, WINDOW, WINDOWS, STEPS, SEEDS = 16_384, 256, 4, 128, 5
-TEACHER, TEACHER_TOKENS, HELDOUT_WINDOWS, BYTES, BAR = "mini-1m", 256 * 1024, 64, 16.0, 1.01
+VOCAB, WINDOW, TEACHER, HELDOUT_WINDOWS, BAR = 16_384, 256, "mini-1m", 64, 1.01
 STUDENT = ModelConfig(VOCAB, 64, 192, 2, 2, 1, 32, query_pre_attn_scalar=32, sliding_window=128)
 MUON = OptimizerConfig(name="muon", learning_rate=0.03, embedding_rate=0.06, momentum=0.75)
 CHOICES = {
-    "threshold": [0.2 * 0.97**i for i in range(90)],
+    "threshold": [0.2 * 0.97**i for i in range(106)],
     "topk": [float(k) for k in range(1, 40)],
     "sample": [float(n) for n in range(1, 100)],
 }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much teacher and students learn, and of how many bytes a token a store may be."""
+
+    teacher_tokens: int
+    steps: int
+    windows: int  # of WINDOW tokens, of one step of a student
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Figures:
     calibration: float
 
 
-def prepare(run: Path, text: Path, pattern: str) -> tuple[TokenDataset, TokenDataset, Transformer]:
+def prepare(run: Path, text: Path, pattern: str, plan: Plan) -> tuple[TokenDataset, TokenDataset, Transformer]:
     """The students' data, the held-out data and the teacher."""
     source = Source(text, pattern=pattern, exclude=["test", "tests", "site-packages", "idlelib"], name="text")
     if not (run / "tokenizer" / "tokenizer.json").exists():
@@ -75,7 +84,8 @@ def prepare(run: Path, text: Path, pattern: str) -> tuple[TokenDataset, TokenDat
     if not (run / "data" / "train" / "index.json").exists():
         write_dataset(source, tokenizer, run / "data", heldout_fraction=0.05)
     students, fraction = run / "data-students" / "train", 0.02
-    while not (students / "index.json").exists() or TokenDataset.open(students).num_tokens < STEPS * WINDOWS * WINDOW:
+    wanted = plan.steps * plan.windows * WINDOW
+    while not (students / "index.json").exists() or TokenDataset.open(students).num_tokens < wanted:
         # Books differ in size, and are taken by their hashes: no more of them than the students see once.
         fraction *= 2
         shutil.rmtree(students.parent, ignore_errors=True)
@@ -83,7 +93,7 @@ def prepare(run: Path, text: Path, pattern: str) -> tuple[TokenDataset, TokenDat
     if not (run / "teacher" / "model" / "config.json").exists():
         train(
             TrainConfig(
-                run=str(run / "teacher"), tokens=TEACHER_TOKENS, windows_per_step=WINDOWS, micro_windows=WINDOWS,
+                run=str(run / "teacher"), tokens=plan.teacher_tokens, windows_per_step=4, micro_windows=4,
                 compile="off", optimizer=MUON, schedule=ScheduleConfig("cosine", final=0.0),
                 model=ModelChoice(TEACHER), keep_last=1, evaluate_every=10_000,
                 data=DataChoice([SourceConfig(str(run / "data"))], str(run / "tokenizer"), WINDOW),
@@ -110,8 +120,8 @@ def hidden_states(run: Path, teacher: Transformer, data: TokenDataset) -> torch.
     return states
 
 
-def fitting(name: str, logits: torch.Tensor, teacher: Transformer, data: TokenDataset) -> Estimator:
-    """The estimator of this name that comes nearest to BYTES from below, on these rows."""
+def fitting(name: str, logits: torch.Tensor, teacher: Transformer, data: TokenDataset, most: float) -> Estimator:
+    """The estimator of this name that comes nearest to `most` bytes a token from below, on these rows."""
     best = Estimator(name, CHOICES[name][0])
     for parameter in CHOICES[name]:
         estimator = Estimator(name, parameter)
@@ -120,21 +130,21 @@ def fitting(name: str, logits: torch.Tensor, teacher: Transformer, data: TokenDa
         rows = encode(estimator.of_logits(logits.clone(), u, teacher.config.final_logit_softcap), info, u[:, -1])
         parts = packed([rows], info.units, IdCode.of(data, estimator.entries))
         size = sum(part.nbytes for part in parts.values()) / len(logits) + 0.1  # the card, the code and the index
-        if size > 0.98 * BYTES:
+        if size > 0.98 * most:
             break
         best = estimator
     return best
 
 
-def stores(run: Path, teacher: Transformer, data: TokenDataset, states: torch.Tensor) -> dict[str, Store]:
-    """A store of each estimator, of at most BYTES bytes a token."""
+def stores(run: Path, teacher: Transformer, data: TokenDataset, states: torch.Tensor, most: float) -> dict[str, Store]:
+    """A store of each estimator, of at most `most` bytes a token."""
     rows = states[:: len(states) // 2048][:2048]
     logits = F.linear(rows, teacher.embed_tokens.weight.detach().to(rows.dtype))
     found = {}
     for name in CHOICES:
         chosen = run / f"{name}.json"
         if not chosen.exists():
-            files.write_json(chosen, fitting(name, logits, teacher, data).parameter)
+            files.write_json(chosen, fitting(name, logits, teacher, data, most).parameter)
         estimator = Estimator(name, files.read_json(chosen))
         info = describe(teacher, data, estimator=estimator, window=WINDOW, block_tokens=1 << 16, batch=16)
         found[name] = teach_model(teacher, data, run / "stores" / name, info)
@@ -145,16 +155,16 @@ def stores(run: Path, teacher: Transformer, data: TokenDataset, states: torch.Te
 Aim = Callable[[Batch], Any]
 
 
-def learn(aim: Aim, data: TokenDataset, seed: int) -> Transformer:
-    """A student after STEPS steps towards `aim`, its weights and its data drawn by `seed`."""
+def learn(aim: Aim, data: TokenDataset, seed: int, plan: Plan) -> Transformer:
+    """A student after the plan's steps towards `aim`, its weights and its data drawn by `seed`."""
     student = Transformer(STUDENT, seed=seed)
     student.compute_dtype = fast_dtype()
-    loader, optimizer = Loader([(data, 1.0)], WINDOW, WINDOWS, seed), Optimizer(student.named_parameters(), MUON)
-    for step in range(STEPS):
+    loader, optimizer = Loader([(data, 1.0)], WINDOW, plan.windows, seed), Optimizer(student.named_parameters(), MUON)
+    for step in range(plan.steps):
         batch = loader.batch(step)
         loss = student(batch.tokens, documents=batch.documents, readout=_loss(aim(batch), batch))
         loss.backward()
-        optimizer.step(0.5 * (1 + math.cos(math.pi * step / STEPS)))
+        optimizer.step(0.5 * (1 + math.cos(math.pi * step / plan.steps)))
     return student
 
 
@@ -191,13 +201,15 @@ def judge(student: Transformer, teacher: Transformer, heldout: TokenDataset) -> 
     return Figures(math.exp(nll / count), agree / count, error)
 
 
-def results(run: Path, seeds: int, data: TokenDataset, heldout: TokenDataset, teacher: Transformer) -> dict[str, Any]:
+def results(
+    run: Path, seeds: int, data: TokenDataset, heldout: TokenDataset, teacher: Transformer, plan: Plan
+) -> dict[str, Any]:
     """The figures of every student, "kind seed" -> Figures as a dict; those that `run` holds are not made again."""
     path = run / "results.json"
     done: dict[str, Any] = files.read_json(path) if path.exists() else {}
     states = hidden_states(run, teacher, data)
     head, cap = teacher.embed_tokens.weight.detach(), teacher.config.final_logit_softcap
-    made = stores(run, teacher, data, states)
+    made = stores(run, teacher, data, states, plan.bytes)
 
     def online(batch: Batch) -> OnlineTarget:
         rows = (batch.start[:, None] + torch.arange(WINDOW)).flatten()
@@ -209,7 +221,7 @@ def results(run: Path, seeds: int, data: TokenDataset, heldout: TokenDataset, te
     for seed in range(seeds):
         for name, aim in aims.items():
             if f"{name} {seed}" not in done:
-                done[f"{name} {seed}"] = asdict(judge(learn(aim, data, seed), teacher, heldout))
+                done[f"{name} {seed}"] = asdict(judge(learn(aim, data, seed, plan), teacher, heldout))
                 files.write_json(path, done)
             print(name, seed, done[f"{name} {seed}"], flush=True)
     if "teacher" not in done:
@@ -219,15 +231,22 @@ def results(run: Path, seeds: int, data: TokenDataset, heldout: TokenDataset, te
 
 
 def main() -> None:
-    args = arguments(__doc__, run="store-students", text=sysconfig.get_path("stdlib"), pattern="**/*.py", seeds=SEEDS)
-    run = Path(args.run)
-    data, heldout, teacher = prepare(run, Path(args.text), args.pattern)
-    done = results(run, args.seeds, data, heldout, teacher)
+    args = arguments(
+        __doc__, run="store-students", text=sysconfig.get_path("stdlib"), pattern="**/*.py", seeds=5,
+        teacher_tokens=256 * 1024, steps=128, windows=4, bytes=16.0,
+    )  # fmt: skip
+    run, plan = Path(args.run), Plan(args.teacher_tokens, args.steps, args.windows, args.bytes)
+    if (run / "plan.json").exists() and files.read_json(run / "plan.json") != asdict(plan):
+        raise SystemExit(f"{run} was made with another plan: give another --run")
+    run.mkdir(parents=True, exist_ok=True)
+    files.write_json(run / "plan.json", asdict(plan))
+    data, heldout, teacher = prepare(run, Path(args.text), args.pattern, plan)
+    done = results(run, args.seeds, data, heldout, teacher, plan)
     rows = []
     for field in ("perplexity", "agreement", "calibration"):
         values = {name: [done[f"{name} {seed}"][field] for seed in range(args.seeds)] for name in ("dense", *CHOICES)}
         for name in CHOICES:
-            bar = BAR if (name, field) == ("threshold", "perplexity") else None
+            bar = BAR if (name, field) == ("threshold", "perplexity") and plan.bytes <= 16 else None
             chosen = f"{name}({json.loads((run / f'{name}.json').read_text()):.4g})"
             rows.append(compare(f"{chosen}, {field}", values[name], values["dense"], field, bar=bar, small=True))
         spread = statistics.stdev(values["dense"]) if args.seeds > 1 else 0.0
