@@ -16,7 +16,7 @@ from torch import Tensor
 from gemstill.ops.logits import TILE, cut, wide
 from gemstill.ops.native import kernels
 
-NOISE = 2e-3  # of the gradient, relative, were all columns of equal direction; two to three times that by measurement
+NOISE = 1e-3  # of the gradient, relative, were all columns of equal direction; two to three times that by measurement
 SORTED = 1 << 14  # sizes that set the threshold, which may be any as far as the expectation goes
 WORTH = 0.6  # of all columns: beyond this share, gathering them costs more than it saves
 
