@@ -22,6 +22,7 @@ from gemstill.ops.native import kernels
 from gemstill.ops.visible import visible
 
 TILE = 128  # fewest queries of a tile; a band is a multiple of it
+ALIGNED = 32  # keys; products whose width is odd are slower than what is wasted
 MOST_TILES = 4  # tiles are unrolled when compiled: more cost compilation and save little
 
 Tiles = tuple[tuple[int, int, int, int], ...]  # queries [start, stop) against keys [first, last)
@@ -68,6 +69,7 @@ def make_mask(
     tiles, seen = [], []
     for start, stop in pairwise(edges):
         first, last = (max(0, start - (window or T) + 1), stop) if count > 1 else (0, k_positions.shape[1])
+        first -= first % ALIGNED
         rows, columns = slice(start, stop), slice(first, last)
         part = visible(
             q_positions[:, rows], k_positions[:, columns], q_documents[:, rows], k_documents[:, columns], window

@@ -11,9 +11,9 @@ def sees(q_position: Tensor, k_position: Tensor, q_document: Tensor, k_document:
     A query sees a key of its own document that does not come after it and, with a window, is among
     itself and the window - 1 tokens before it. Documents below 0 are padding and are seen by nobody.
     """
-    distance = q_position - k_position
-    seen = (distance >= 0) & (q_document == k_document) & (k_document >= 0)
-    return seen if window is None else seen & (distance < window)
+    # Written so that where queries are a column and keys a row, all that is as large as both is of bools.
+    seen = (q_position >= k_position) & (q_document == k_document) & (k_document >= 0)
+    return seen if window is None else seen & (q_position - window < k_position)
 
 
 def visible(
