@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gemstill.core.errors import Error
+from gemstill.ops.native import kernels
+from gemstill.train import optimizer as rules
 from gemstill.train.config import HardConfig, OptimizerConfig, ScheduleConfig
 from gemstill.train.optimizer import Muon, Optimizer, _iterate, orthogonalize
 from gemstill.train.schedule import factor
@@ -87,6 +89,29 @@ def test_muon_in_bfloat16_is_as_near_as_torch_muon() -> None:
         [torch.optim._muon._zeropower_via_newtonschulz(g, (3.4445, -4.775, 2.0315), 5, 1e-7) for g in grad]
     )
     assert (ours - exact).norm() <= 1.5 * (theirs.double() - exact).norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 50), (2, 50, 20), (4, 64, 64), (2, 1, 5), (2, 100, 7), (3, 130, 300)])
+def test_native_rounds_are_as_near_as_plain_ones(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd sizes, which the kernel pads, tall and wide; against float64. The number of threads changes no bit."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    x[0] *= 1e-4
+    exact = orthogonalize(x.double(), torch.float64)
+    kernels(x)  # with gradients on: built, where they can be
+    ours = rules._native(x)
+    if ours is None:
+        pytest.skip("no kernels, or no products of bfloat16 among this processor's instructions")
+    with monkeypatch.context() as patch:
+        patch.setattr(rules, "kernels", lambda x: None)
+        plain = orthogonalize(x, torch.bfloat16)
+    assert ours.dtype == plain.dtype == torch.float32
+    assert (ours - exact).norm() <= 1.1 * (plain - exact).norm()
+    assert rules._native(torch.zeros(shape)).abs().sum() == 0  # type: ignore[union-attr]
+    threads = torch.get_num_threads()
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        assert torch.equal(orthogonalize(x, torch.bfloat16), ours)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -11,28 +11,43 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from gemstill.ops.native import kernels
 from gemstill.train.config import OptimizerConfig
 
 # Five steps of a quintic whose slope at zero is as steep as convergence to [0.7, 1.2] allows
 # (Keller Jordan, kellerjordan.github.io/posts/muon).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
+LEAST = 1e-7  # of a matrix's norm: one of zeros stays zero
+SMALL = 256  # rows or columns up to which a matrix is one thread's work, however many threads there are
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """U·Vᵀ, nearly, of each matrix U·S·Vᵀ in a stack [n, rows, columns], by Newton-Schulz iteration in `dtype`.
 
     The singular values of the result lie about between 0.7 and 1.2, which Muon does as well with as with 1.
-    Returns `dtype`. A matrix of zeros stays zero.
+    Returns the matrices' own dtype, or `dtype` where that is wider. A matrix of zeros stays zero.
     """
+    if dtype == torch.bfloat16 and (done := _native(matrices)) is not None:
+        return done
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = (x / norm.clamp(min=1e-7)).to(dtype).contiguous()
+    x = (x / norm.clamp(min=LEAST)).to(dtype).contiguous()
     # The short form squares the condition number, which bfloat16 cannot bear, and saves nothing on squares.
     short = dtype != torch.bfloat16 and x.shape[-1] >= 2 * x.shape[-2]
     x = _polynomial(x @ x.mT) @ x if short else _iterate(x)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(torch.promote_types(dtype, matrices.dtype))
+
+
+def _native(matrices: Tensor) -> Tensor | None:
+    """`orthogonalize` in bfloat16, a matrix a thread; None where it cannot be, or would leave threads idle."""
+    idle = len(matrices) < torch.get_num_threads() and min(matrices.shape[1:]) > SMALL
+    if idle or matrices.dtype != torch.float32 or (ops := kernels(matrices)) is None:
+        return None
+    out = torch.empty_like(matrices, memory_format=torch.contiguous_format)
+    table = torch.tensor([COEFFICIENTS] * ROUNDS, dtype=torch.float64)
+    return out if ops.newton_schulz(matrices.contiguous(), out, table, LEAST) else None
 
 
 def _iterate(x: Tensor) -> Tensor:
@@ -108,7 +123,7 @@ class Muon(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(locals_, 1 - rate * group["weight_decay"])
         scale = 0.2 * math.sqrt(max(params[0].shape))
-        torch._foreach_add_(locals_, list(update.to(locals_[0].dtype).unbind()), alpha=-rate * scale)
+        torch._foreach_add_(locals_, list(update.unbind()), alpha=-rate * scale)
 
     def _orthogonal(self, update: Tensor, like: Tensor) -> Tensor:
         if not isinstance(like, DTensor):
@@ -120,9 +135,9 @@ class Muon(torch.optim.Optimizer):
         strides = torch.empty(shape, device="meta").stride()
         stack = DTensor.from_local(update, mesh, pieces, run_check=False, shape=shape, stride=strides)
         whole = stack.redistribute(mesh, (Shard(0),))
-        mine = orthogonalize(whole.to_local(), self.dtype)
+        mine = orthogonalize(whole.to_local(), self.dtype).to(self.dtype)  # what is sent is no wider than need be
         whole = DTensor.from_local(mine.contiguous(), mesh, (Shard(0),), run_check=False, shape=shape, stride=strides)
-        return whole.redistribute(mesh, pieces).to_local()
+        return whole.redistribute(mesh, pieces).to_local().to(update.dtype)
 
 
 def _local(x: Tensor) -> Tensor:
@@ -158,7 +173,7 @@ class Optimizer:
             self.parts.append(Muon(hidden, rate, momentum=config.momentum, weight_decay=decay, dtype=dtype))
         else:
             adam.append({"params": hidden, "lr": config.learning_rate, "weight_decay": config.weight_decay})
-        adamw = torch.optim.AdamW(adam, betas=(config.betas[0], config.betas[1]), foreach=True)
+        adamw = torch.optim.AdamW(adam, betas=(config.betas[0], config.betas[1]), fused=True)
         for p in (p for group in adamw.param_groups for p in group["params"]):
             # Made now, not at the first step: a state is loaded into what is there.
             zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
