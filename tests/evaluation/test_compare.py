@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from gemstill.core.errors import Error
 from gemstill.evaluation.compare import compare, paired_interval
 from gemstill.evaluation.folder import ANSWERS, RESULTS
 from gemstill.evaluation.run import Setting, measure
+from gemstill.evaluation.suites import suite
 from gemstill.evaluation.tasks import Asked
 from gemstill.report.evaluation import evaluation_report
 from tests.evaluation.roots import Teller, write_root
@@ -99,57 +102,121 @@ def test_other_items_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> 
         compare(folders[0], tmp_path / "d")
 
 
-def _rows(results: dict[str, Any], **fields: Any) -> None:
-    for row in results["gemstill"]["rows"]:
-        row |= fields
+def _row(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda results: results["gemstill"]["rows"][0].update(fields)
 
 
-RESULTS_OF_ANOTHER = {
-    "nothing": lambda results: results.update(gemstill=None),
-    "no rows": lambda results: results["gemstill"].pop("rows"),
-    "rows of numbers": lambda results: results["gemstill"].update(rows=[1]),
-    "no tasks": lambda results: results["gemstill"].pop("asked"),
-    "a list of tasks": lambda results: results["gemstill"].update(asked=[]),
-    "a path as a task": lambda results: results["gemstill"].update(asked={"mmlu": ["../x"]}),
-    "rows of no task": lambda results: _rows(results, task=None),
-    "a number for a metric": lambda results: _rows(results, metric=3),
-    "a text for a value": lambda results: _rows(results, value="x"),
-}
-ITEM = {"doc_id": 0, "doc_hash": "a", "filter": "none"}
-SAMPLES_OF_ANOTHER = {
-    "": "piqa.jsonl: holds no item",
-    "[" * 100_000: "piqa.jsonl, line 1: is no item of an evaluation",
-    json.dumps(ITEM | {"doc_id": [1]}): "piqa.jsonl, line 1: is no item of an evaluation",
-    json.dumps({"doc_hash": "a", "filter": "none"}): "piqa.jsonl, line 1: is no item of an evaluation",
-}
+def _ours(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda results: results["gemstill"].update(fields)
 
 
-@pytest.mark.parametrize("case", RESULTS_OF_ANOTHER)
-def test_results_that_gemstill_did_not_write_are_refused(folders: tuple[Path, Path], tmp_path: Path, case: str) -> None:
+FIRST = "results.json, gemstill, row 1: has "
+# From what is done to the results to how they are refused.
+RESULTS_OF_ANOTHER: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda results: results.update(gemstill=None), "results.json: is no result of gemstill eval"),
+    (lambda results: results.pop("config"), "results.json: has no field 'config'"),
+    (lambda results: results["config"].pop("limit"), "results.json, config: has no field 'limit'"),
+    (lambda results: results.update(higher_is_better={"mmlu": 1}), "higher_is_better: has 1 in field 'mmlu', which"),
+    (lambda results: results["config"].update(model="\ud800"), "results.json: has half a surrogate pair in a text"),
+    (lambda results: results["gemstill"].pop("rows"), "results.json, gemstill: has no field 'rows'"),
+    (_ours(rows=[1]), "results.json, gemstill, row 1: is no group of fields"),
+    (_ours(asked=[]), "has [] in field 'asked', which should be a group of fields"),
+    (_ours(asked={"mmlu": ["../x"]}), "gemstill, asked: has ['../x'] in field 'mmlu', which should be a list of tasks"),
+    (_ours(suite="gemma9"), "has 'gemma9' in field 'suite', which should be empty or one of gemma2-pretrained"),
+    (_ours(files={"piqa": {"piqa/valid.jsonl": 3}}), "files, piqa: has 3 in field 'piqa/valid.jsonl', which should be"),
+    (_row(name=None), f"{FIRST}None in field 'name', which should be a text"),
+    (_row(task="piq"), f"{FIRST}'piq' in field 'task', which should be one of those asked"),
+    (_row(task=[]), f"{FIRST}[] in field 'task', which should be a text"),
+    (_row(metric=3), f"{FIRST}3 in field 'metric', which should be a text"),
+    (_row(metric="acc,other"), "samples: holds no item of 'acc,other'"),
+    (_row(value="x"), f"{FIRST}'x' in field 'value', which should be a number or null"),
+    (_row(low=10**400), f"{FIRST}1000"),
+    (lambda results: results["gemstill"]["rows"][0].pop("shots"), f"{FIRST}no field 'shots'"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(RESULTS_OF_ANOTHER)))
+def test_results_that_gemstill_did_not_write_are_refused(folders: tuple[Path, Path], tmp_path: Path, case: int) -> None:
+    damage, said = RESULTS_OF_ANOTHER[case]
     shutil.copytree(folders[0], tmp_path / "a")
     results = json.loads((tmp_path / "a" / RESULTS).read_text())
-    RESULTS_OF_ANOTHER[case](results)
+    damage(results)
     (tmp_path / "a" / RESULTS).write_text(json.dumps(results))
-    for read in (lambda: compare(folders[0], tmp_path / "a"), lambda: evaluation_report(tmp_path / "a")):
-        with pytest.raises(Error, match=r"results.json: is no result of gemstill eval; evaluate again"):
+    reads = [lambda: evaluation_report(tmp_path / "a")]
+    if "acc,other" not in said:  # a metric that only one of two has is not compared
+        reads.append(lambda: compare(folders[0], tmp_path / "a"))
+    for read in reads:
+        with pytest.raises(Error, match=f"{re.escape(said)}.*; evaluate again"):
             read()
-
-
-@pytest.mark.parametrize("case", SAMPLES_OF_ANOTHER, ids=range(len(SAMPLES_OF_ANOTHER)))
-def test_items_that_gemstill_did_not_write_are_refused(folders: tuple[Path, Path], tmp_path: Path, case: str) -> None:
-    shutil.copytree(folders[0], tmp_path / "a")
-    (tmp_path / "a" / "samples" / "piqa.jsonl").write_text(case)
-    for read in (lambda: compare(folders[0], tmp_path / "a"), lambda: evaluation_report(tmp_path / "a")):
-        with pytest.raises(Error, match=SAMPLES_OF_ANOTHER[case]):
-            read()
-
-
-def test_items_without_what_a_page_shows_are_told_in_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    shutil.copytree(folders[0], tmp_path / "a")
-    (tmp_path / "a" / "samples" / "piqa.jsonl").write_text(json.dumps(ITEM))
-    with pytest.raises(Error, match=r"holds something that gemstill eval did not write \(KeyError: .*; evaluate again"):
-        evaluation_report(tmp_path / "a")
     assert not (tmp_path / "a" / "report.html").exists()
+
+
+def test_a_suites_results_have_their_own_columns(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    table, place = suite("gemma2-safety"), tmp_path / "a"
+    measure(Teller(), "a", table.asked(), Setting(data_root=write_root(tmp_path / "root"), limit=2), place, table, "a")
+    written = (place / RESULTS).read_text()
+    for at, fields, said in (
+        (0, {"published": [1.0]}, "row 1: has [1.0] in field 'published', which should be 5 figures"),
+        (0, {"better": None}, "row 1: has None in field 'better', which should be a text"),
+    ):
+        results = json.loads(written)
+        results["gemstill"]["rows"][at] |= fields
+        (place / RESULTS).write_text(json.dumps(results))
+        with pytest.raises(Error, match=re.escape(said)):
+            evaluation_report(place)
+
+
+# From what is done to the first item of PIQA (or the text in its place) to how it is refused.
+ITEMS_OF_ANOTHER: list[tuple[str | dict[str, Any], str]] = [
+    ("", ": holds no item"),
+    ("nonsense", ", line 1: is no item of an evaluation (Expecting value"),
+    ("[" * 100_000, ", line 1: is no item of an evaluation (maximum recursion depth"),
+    ("[]", ", line 1: is no item of an evaluation"),
+    ('{"doc_hash": "a"}', ", line 1: has no field 'doc_id'"),
+    ({"doc_id": [1]}, ", line 1: has [1] in field 'doc_id', which should be a whole number"),
+    ({"doc_hash": {}}, ", line 1: has {} in field 'doc_hash', which should be a text"),
+    ({"filter": None}, ", line 1: has None in field 'filter', which should be a text"),
+    ({"arguments": []}, ", line 1: has [] in field 'arguments', which should be the arguments of each request"),
+    ({"arguments": [[1, 2]]}, ", line 1: has [[1, 2]] in field 'arguments'"),
+    ({"resps": [[]]}, ", line 1: has [[]] in field 'resps', which should be a list of answers for each request"),
+    ({"filtered_resps": []}, ", line 1: has [] in field 'filtered_resps', which should be an answer for each request"),
+    ({"acc": 10**400}, ", line 1: has 1000"),
+    ({"target": "\ud800"}, ", line 1: has half a surrogate pair in a text"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(ITEMS_OF_ANOTHER)))
+def test_items_that_gemstill_did_not_write_are_refused(folders: tuple[Path, Path], tmp_path: Path, case: int) -> None:
+    change, said = ITEMS_OF_ANOTHER[case]
+    shutil.copytree(folders[0], tmp_path / "a")
+    path = tmp_path / "a" / "samples" / "piqa.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    damaged = change if isinstance(change, str) else json.dumps(json.loads(first) | change)
+    path.write_text("".join([f"{damaged}\n", *others]) if change else "")
+    for read in (lambda: compare(folders[0], tmp_path / "a"), lambda: evaluation_report(tmp_path / "a")):
+        with pytest.raises(Error, match=f"{re.escape(f'piqa.jsonl{said}')}.*; evaluate again"):
+            read()
+    assert not (tmp_path / "a" / "report.html").exists()
+
+
+def test_a_fault_of_ours_is_no_bad_input(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told as something in the folder that gemstill eval did not write."""
+    shutil.copytree(folders[0], tmp_path / "a")
+    monkeypatch.setattr("gemstill.report.evaluation.interval", lambda values: {}["low"])
+    with pytest.raises(KeyError):
+        evaluation_report(tmp_path / "a")
+
+
+def test_items_whose_choices_are_all_impossible_have_a_page(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Minus infinity less minus infinity is no confidence."""
+    shutil.copytree(folders[0], tmp_path / "a")
+    path = tmp_path / "a" / "samples" / "piqa.jsonl"
+    items = [json.loads(line) for line in path.read_text().splitlines()]
+    items[0]["filtered_resps"] = [[-math.inf, False], [-math.inf, False]]
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert "piqa" in evaluation_report(tmp_path / "a").read_text()
 
 
 def test_folders_that_are_no_evaluation(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -166,6 +233,7 @@ def test_folders_that_are_no_evaluation(folders: tuple[Path, Path], tmp_path: Pa
     with pytest.raises(Error, match=r"mmlu_anatomy.jsonl: cannot be read \(No such file or directory\)"):
         compare(tmp_path, folders[0])
     (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "mmlu_anatomy.jsonl").write_text(json.dumps(ITEM) + "\nnonsense\n")
+    items = (folders[0] / "samples" / "mmlu_anatomy.jsonl").read_bytes()
+    (tmp_path / "samples" / "mmlu_anatomy.jsonl").write_bytes(items.splitlines(keepends=True)[0] + b"nonsense\n")
     with pytest.raises(Error, match=r"mmlu_anatomy.jsonl, line 2: is no item of an evaluation"):
         compare(tmp_path, folders[0])

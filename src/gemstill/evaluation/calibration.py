@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from gemstill.evaluation.scores import is_figure
+
 BINS = 10
 
 
@@ -51,12 +53,22 @@ def choice(sample: dict[str, Any]) -> Choice | None:
 def likeliest(sample: dict[str, Any]) -> tuple[int, float] | None:
     """The likeliest continuation of a logged item and its probability among them; None where it has none to choose."""
     answers = sample["filtered_resps"]
-    pairs = [answer for answer in answers if isinstance(answer, list | tuple) and len(answer) == 2]
-    if len(pairs) < 2 or len(pairs) != len(answers):
+    if len(answers) < 2 or not all(map(_rated, answers)) or not all(map(_continuation, sample["arguments"])):
         return None
-    logprobs = [float(pair[0]) for pair in pairs]
+    logprobs = [float(answer[0]) for answer in answers]
     best = max(range(len(logprobs)), key=logprobs.__getitem__)
+    if not math.isfinite(logprobs[best]):  # all of them are impossible to the model
+        return None
     return best, 1 / math.fsum(math.exp(value - logprobs[best]) for value in logprobs)
+
+
+def _rated(answer: Any) -> bool:
+    """Whether this answer is a log-probability and a greedy flag."""
+    return isinstance(answer, list | tuple) and len(answer) == 2 and is_figure(answer[0])
+
+
+def _continuation(arguments: Any) -> bool:
+    return len(arguments) == 2 and all(isinstance(text, str) for text in arguments)
 
 
 def bins(chosen: Sequence[Choice]) -> list[Bar]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemstill.core.errors import Error
-from gemstill.evaluation.folder import read_results, read_samples, split_metric, whole
+from gemstill.evaluation.folder import read_results, read_samples, split_metric
 from gemstill.evaluation.scores import Z
 from gemstill.evaluation.table import aligned
 
@@ -76,23 +76,17 @@ def compare(first: Path, second: Path) -> tuple[list[Difference], list[str]]:
         Error: as `run` does.
     """
     results = [read_results(folder) for folder in (first, second)]
-    with whole(f"{first} and {second}"):
-        return _compared(first, second, results)
-
-
-def _compared(first: Path, second: Path, results: Sequence[dict[str, Any]]) -> tuple[list[Difference], list[str]]:
     wanted = [_metrics(result) for result in results]
     found, alone = [], sorted({name for name, _ in wanted[0].keys() ^ wanted[1].keys()})
     for (name, metric), leaves in wanted[0].items():
         if (name, metric) not in wanted[1]:
             continue
-        value, kind = split_metric(metric)
         items = [
-            _items(folder, tasks, value, kind) for folder, tasks in ((first, leaves), (second, wanted[1][name, metric]))
+            _items(folder, tasks, metric) for folder, tasks in ((first, leaves), (second, wanted[1][name, metric]))
         ]
         _same(items, name, (first, second))
         pairs = [(items[0][key], items[1][key]) for key in items[0]]
-        if all(isinstance(one, int | float) for pair in pairs for one in pair):
+        if all(isinstance(one, int | float) and math.isfinite(one) for pair in pairs for one in pair):
             found.append(_difference(name, metric, pairs))
     if not found:
         raise Error("share no task with single items' values", where=f"{first} and {second}")
@@ -106,10 +100,11 @@ def _metrics(results: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
     return {(row["task"], row["metric"]): ours["asked"][row["task"]] for row in rows}
 
 
-def _items(folder: Path, leaves: Sequence[str], value: str, kind: str) -> dict[tuple[str, int, str], Any]:
+def _items(folder: Path, leaves: Sequence[str], metric: str) -> dict[tuple[str, int, str], Any]:
+    value = split_metric(metric)[0]
     return {
         (task, sample["doc_id"], sample["doc_hash"]): sample.get(value)
-        for task, sample in read_samples(folder, leaves, kind)
+        for task, sample in read_samples(folder, leaves, metric)
     }
 
 

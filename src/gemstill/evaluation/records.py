@@ -21,10 +21,11 @@ _KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "a group o
 
 @dataclass(frozen=True)
 class Record:
-    """One item of a file. where: file and line (or the item's number) for messages."""
+    """One item of a file. where: file and line (or the item's number) for messages. fix: what mends it."""
 
     fields: dict[str, Any]
     where: str
+    fix: str = "mend the line, or give the file as its makers publish it"
 
     def get(self, name: str, kind: type[T]) -> T:
         """The field `name`, which has to be of this kind.
@@ -36,8 +37,12 @@ class Record:
             raise self.error(f"has no field '{name}'")
         value = self.fields[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            raise self.error(f"has {value!r:.60} in field '{name}', which should be {_KINDS[kind]}")
+            raise self.wrong(name, _KINDS[kind])
         return value
+
+    def wrong(self, name: str, kind: str) -> Error:
+        """An error about the field `name`, which should be `kind`, in words."""
+        return self.error(f"has {self.fields[name]!r:.60} in field '{name}', which should be {kind}")
 
     def text(self, name: str) -> str:
         """The field `name`, a text; raises Error also for half a surrogate pair, which no UTF-8 text has."""
@@ -71,7 +76,7 @@ class Record:
 
     def error(self, what: str) -> Error:
         """An error about this record."""
-        return Error(what, where=self.where, fix="mend the line, or give the file as its makers publish it")
+        return Error(what, where=self.where, fix=self.fix)
 
 
 def find(root: Path, pattern: str) -> list[Path]:

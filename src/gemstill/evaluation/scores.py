@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 Z = 1.959964  # of a normal distribution's middle 95 %
+_LARGEST = 1e100  # squares and sums of such stay finite
 
 
 class Score(NamedTuple):
@@ -16,6 +17,11 @@ class Score(NamedTuple):
     low: float | None
     high: float | None
     items: int
+
+
+def is_figure(value: Any) -> bool:
+    """Whether this is a number, also an infinite one or NaN, that one can count with."""
+    return isinstance(value, int | float) and not _LARGEST < abs(value) < math.inf
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from gemstill.core import files
 from gemstill.evaluation import command
 from gemstill.evaluation.calibration import BINS, Choice, bins, choice, expected_error, likeliest
 from gemstill.evaluation.command import EvalConfig
-from gemstill.evaluation.folder import Sample, read_results, read_samples, split_metric, whole
+from gemstill.evaluation.folder import Sample, read_results, read_samples, split_metric
 from gemstill.evaluation.scores import interval
 from gemstill.evaluation.suites import SUITES, Suite
 from gemstill.evaluation.table import cells
@@ -40,9 +40,7 @@ def evaluation_report(folder: str | Path) -> Path:
         Error: the folder holds none, it is not finished, or it cannot be written.
     """
     folder = Path(folder)
-    results = read_results(folder)
-    with whole(str(folder)):
-        name, parts = _contents(folder, results)
+    name, parts = _contents(folder, read_results(folder))
     path = folder / "report.html"
     files.write(path, page(f"{name} · gemstill eval", parts))
     return path
@@ -92,9 +90,9 @@ class _Row:
 
     def __init__(self, row: dict[str, Any], leaves: Sequence[str], folder: Path) -> None:
         self.row, self.leaves = row, leaves
-        self.value, kind = split_metric(row["metric"])
+        self.value = split_metric(row["metric"])[0]
         there = row["value"] is not None
-        self.items: list[tuple[str, Sample]] = read_samples(folder, leaves, kind) if there else []
+        self.items: list[tuple[str, Sample]] = read_samples(folder, leaves, row["metric"]) if there else []
         self.choices = [found for _, item in self.items if (found := choice(item)) is not None]
 
     def values(self, leaf: str) -> list[float]:
