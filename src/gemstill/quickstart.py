@@ -40,7 +40,9 @@ STUDENT, STUDENT_TOKENS = "mini-1m", 700_000
 ESTIMATOR = "threshold(0.06)"
 FEWEST = 30  # documents of the students' sample; where it would have fewer, students learn from all of the text
 BATCH = 4  # windows a step: with so few tokens, more steps are worth more than larger ones
-RATES = OptimizerConfig(learning_rate=0.02, embedding_rate=0.03)  # docs/quickstart.md has the sweep
+RATES = OptimizerConfig(  # docs/quickstart.md has the sweep; so few steps want a short memory
+    learning_rate=0.02, embedding_rate=0.03, betas=[0.8, 0.99], momentum=0.85, weight_decay=0.3
+)
 HARD = HardConfig(end=0.5)  # true next tokens, mixed in more and more: what the student has left to learn at the end
 BOOTSTRAP = 10_000  # resamples of the held-out documents
 ROWS = ("teacher", "scratch", "distilled")

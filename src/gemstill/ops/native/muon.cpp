@@ -1,5 +1,5 @@
-// Newton-Schulz iterations in bfloat16 with float sums: a thread works off a whole matrix, whose products stay in its
-// caches, and of what is symmetric only the lower half is computed.
+// A step of Muon, its Newton-Schulz rounds in bfloat16 with float sums: a thread works off a whole matrix, whose
+// products stay in its caches, and of what is symmetric only the lower half is computed.
 
 #include "common.h"
 
@@ -137,10 +137,12 @@ struct Iterated {
   bool tall;
   std::vector<uint16_t> x, gram, factor;
   std::vector<uint32_t> pairs;
+  std::vector<float> update, lengths;  // of the matrix's rows
 
   Iterated(int64_t rows_, int64_t columns_)
       : rows(rows_), columns(columns_), R(padded(std::min(rows, columns))), C(padded(std::max(rows, columns))),
-        tall(rows > columns), x(R * C), gram(R * R), factor(R * R), pairs(R * C / 2) {}
+        tall(rows > columns), x(R * C), gram(R * R), factor(R * R), pairs(R * C / 2), update(rows * columns),
+        lengths(tall ? C : R) {}
 
   // Each tile of the float matrix, and its place in x: f(where in the matrix, rows and columns there, place in x).
   template <class F>
@@ -152,46 +154,98 @@ struct Iterated {
     }
   }
 
-  void take(const float* from, float least) {
-    const int64_t count = rows * columns;
-    __m512 squares[4] = {};
+  // The sum of the squares of `count` numbers, f(k) of which are those from k on.
+  template <class F>
+  static float squares(int64_t count, const F& f) {
+    __m512 sum[4] = {};
     for (int64_t k = 0; k < count; k += 4 * TILE) {
-      for (int v = 0; v < 4; v++) {
-        const __m512 y = _mm512_maskz_loadu_ps(first(count - k - v * TILE), from + k + v * TILE);
-        squares[v] = _mm512_fmadd_ps(y, y, squares[v]);
+      for (int64_t v = 0; v < 4 && k + v * TILE < count; v++) {
+        const __m512 y = f(k + v * TILE);
+        sum[v] = _mm512_fmadd_ps(y, y, sum[v]);
       }
     }
-    const float sum = _mm512_reduce_add_ps(
-        _mm512_add_ps(_mm512_add_ps(squares[0], squares[1]), _mm512_add_ps(squares[2], squares[3])));
-    const __m512 norm = _mm512_set1_ps(std::max(std::sqrt(sum), least));
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+  }
+
+  // Nesterov's momentum, one step ahead, and x from it, of norm 1.
+  void take(const float* gradient, float* momentum, float beta) {
+    const int64_t count = rows * columns;
+    const __m512 old = _mm512_set1_ps(beta), fresh = _mm512_set1_ps(1 - beta);
+    const float sum = squares(count, [&](int64_t k) {
+      const __mmask16 there = first(count - k);
+      const __m512 g = _mm512_maskz_loadu_ps(there, gradient + k);
+      __m512 m = _mm512_maskz_loadu_ps(there, momentum + k);
+      m = _mm512_fmadd_ps(fresh, _mm512_sub_ps(g, m), m);
+      _mm512_mask_storeu_ps(momentum + k, there, m);
+      const __m512 ahead = _mm512_fmadd_ps(old, _mm512_sub_ps(m, g), g);
+      _mm512_mask_storeu_ps(update.data() + k, there, ahead);
+      return ahead;
+    });
+    const __m512 by = _mm512_set1_ps(1 / std::max(std::sqrt(sum), 1e-30f));
     tiles([&](int64_t at, int64_t height, __mmask16 wide, uint16_t* to) {
       __m512i tile[TILE] = {};
       for (int64_t r = 0; r < height; r++) {
-        tile[r] = _mm512_castps_si512(_mm512_div_ps(_mm512_maskz_loadu_ps(wide, from + at + r * columns), norm));
+        const __m512 part = _mm512_maskz_loadu_ps(wide, update.data() + at + r * columns);
+        tile[r] = _mm512_castps_si512(_mm512_mul_ps(part, by));
       }
       if (tall) transpose(tile);
       for (int r = 0; r < TILE; r++) narrowed(to + r * C, _mm512_castsi512_ps(tile[r]));
     });
   }
 
-  void give(float* out) {
+  // The squared length of each of the matrix's rows.
+  void measure() {
+    std::fill(lengths.begin(), lengths.end(), 0.0f);
+    for (int64_t i = 0; i < R; i++) {
+      if (!tall) lengths[i] = squares(C, [&](int64_t k) { return widened(x.data() + i * C + k); });
+      for (int64_t k = 0; tall && k < C; k += TILE) {
+        const __m512 y = widened(x.data() + i * C + k);
+        _mm512_storeu_ps(&lengths[k], _mm512_fmadd_ps(y, y, _mm512_loadu_ps(&lengths[k])));
+      }
+    }
+  }
+
+  // weight = decay weight - step (x, each row of length 1).
+  void give(float* weight, float step, float decay) {
+    measure();
     tiles([&](int64_t at, int64_t height, __mmask16 wide, const uint16_t* from) {
       __m512i tile[TILE];
       for (int r = 0; r < TILE; r++) tile[r] = _mm512_castps_si512(widened(from + r * C));
       if (tall) transpose(tile);
       for (int64_t r = 0; r < height; r++) {
-        _mm512_mask_storeu_ps(out + at + r * columns, wide, _mm512_castsi512_ps(tile[r]));
+        float* to = weight + at + r * columns;
+        const float by = -step / std::max(std::sqrt(lengths[at / columns + r]), 1e-7f);
+        const __m512 kept = _mm512_mul_ps(_mm512_set1_ps(decay), _mm512_maskz_loadu_ps(wide, to));
+        _mm512_mask_storeu_ps(to, wide, _mm512_fmadd_ps(_mm512_set1_ps(by), _mm512_castsi512_ps(tile[r]), kept));
       }
     });
   }
 
-  // x becomes (a + b g + c g²) x with g = x xᵀ.
-  void round(float a, float b, float c) {
+  // gram becomes x xᵀ.
+  void multiply() {
     pair_columns(x.data(), R, C, pairs.data());
     product<true>(x.data(), R, C, pairs.data(), R, [&](int64_t i, int64_t j, __m512 sum) {
       narrowed(gram.data() + i * R + j, sum);
     });
     mirror(gram.data(), R);
+  }
+
+  // x and gram as if x had been divided by (the sum of all singular values to the fourth)^(1/4).
+  void tighten() {
+    const float sum = squares(gram.size(), [&](int64_t k) { return widened(gram.data() + k); });
+    const float bound = std::max(std::sqrt(sum), 1e-7f);
+    scale(x, 1 / std::sqrt(bound));
+    scale(gram, 1 / bound);
+  }
+
+  static void scale(std::vector<uint16_t>& all, float by) {
+    for (size_t k = 0; k < all.size(); k += TILE) {
+      narrowed(all.data() + k, _mm512_mul_ps(_mm512_set1_ps(by), widened(all.data() + k)));
+    }
+  }
+
+  // x becomes (a + b g + c g²) x, with g = x xᵀ as gram holds it.
+  void round(float a, float b, float c) {
     pair_rows(gram.data(), R, R, pairs.data());
     product<true>(gram.data(), R, R, pairs.data(), R, [&](int64_t i, int64_t j, __m512 sum) {
       const __m512 linear = _mm512_mul_ps(_mm512_set1_ps(b), widened(gram.data() + i * R + j));
@@ -212,20 +266,24 @@ struct Iterated {
 
 namespace {
 
-// out[i] = what the rounds with coefficients [rounds, 3] double (a, b, c) make of matrices[i] / its norm, of [n, rows,
-// columns] float; the result is rounded to bfloat16. Gives whether this processor has the products for it.
-bool newton_schulz(Tensor matrices, Tensor out, Tensor coefficients, double least) {
+// Moves matrices of one shape, [rows, columns] float: weight = decay weight - step o, with o the rows, each of length 1,
+// of what rounds with coefficients [rounds, 3] double (a, b, c) make of Nesterov's momentum (gemstill.train.optimizer).
+// Gives whether this processor has the products for it.
+bool muon(std::vector<Tensor> weights, std::vector<Tensor> gradients, std::vector<Tensor> momenta, Tensor coefficients,
+          double beta, double step, double decay) {
 #ifdef __AVX512BF16__
-  const int64_t rows = matrices.size(1), columns = matrices.size(2), rounds = coefficients.size(0);
+  const int64_t rows = weights[0].size(0), columns = weights[0].size(1), rounds = coefficients.size(0);
   const double* factors = pointer<double>(coefficients);
-  torch::stable::parallel_for(0, matrices.size(0), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, weights.size(), 1, [&](int64_t begin, int64_t end) {
     Iterated matrix(rows, columns);
     for (int64_t i = begin; i < end; i++) {
-      matrix.take(pointer<float>(matrices) + i * rows * columns, float(least));
+      matrix.take(pointer<float>(gradients[i]), pointer<float>(momenta[i]), float(beta));
       for (int64_t k = 0; k < rounds; k++) {
+        matrix.multiply();
+        if (k == 0) matrix.tighten();
         matrix.round(float(factors[3 * k]), float(factors[3 * k + 1]), float(factors[3 * k + 2]));
       }
-      matrix.give(pointer<float>(out) + i * rows * columns);
+      matrix.give(pointer<float>(weights[i]), float(step), float(decay));
     }
   });
   return true;
@@ -237,7 +295,8 @@ bool newton_schulz(Tensor matrices, Tensor out, Tensor coefficients, double leas
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gemstill, m) {
-  m.def("newton_schulz(Tensor matrices, Tensor(a!) out, Tensor coefficients, float least) -> bool");
+  m.def("muon(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] momenta, Tensor coefficients, float beta, "
+        "float step, float decay) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemstill, CPU, m) { m.impl("newton_schulz", TORCH_BOX(&newton_schulz)); }
+STABLE_TORCH_LIBRARY_IMPL(gemstill, CPU, m) { m.impl("muon", TORCH_BOX(&muon)); }
