@@ -13,11 +13,12 @@ Rule = Callable[[str, str], str]  # from request and answer to what the judge wr
 
 
 class JudgeServer:
-    """The server; use as a context. questions: what it was asked."""
+    """The server; use as a context. questions: what it was asked. status: of its answers to them."""
 
     def __init__(self, rule: Rule, name: str = "the/judge") -> None:
         self.rule, self.name = rule, name
         self.questions: list[str] = []
+        self.status = 200
 
     def __enter__(self) -> JudgeServer:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"judge": self}))
@@ -41,9 +42,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Nothing."""
 
-    def _answer(self, content: Any) -> None:
+    def _answer(self, content: Any, status: int = 200) -> None:
         data = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -61,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
             re.search(f"<{tag}>\n(.*?)\n</{tag}>", question, re.DOTALL)[1] for tag in ("request", "answer")
         )
         message = {"role": "assistant", "content": self.judge.rule(request, answer)}
-        self._answer({"model": body["model"], "choices": [{"index": 0, "message": message}]})
+        self._answer({"model": body["model"], "choices": [{"index": 0, "message": message}]}, self.judge.status)
 
 
 def _within(tag: str, question: str) -> str:

@@ -89,9 +89,15 @@ def test_another_chat_template_is_another_question(folder: Path, tmp_path: Path)
     assert len(again) == len(first) + len(probes())
 
 
-@pytest.mark.parametrize(
-    "nonsense", ["I cannot say.", "{}", '{"violates": "no", "refuses": false}', "[1, 2]", '{"violates": true', ""]
-)
+NONSENSE = {
+    "words": "I cannot say.", "empty": "{}", "a text": '{"violates": "no", "refuses": false}', "a list": "[1, 2]",
+    "half": '{"violates": true', "nothing": "", "a grade": '{"violates": 11, "refuses": -3}',
+    "deep": '{"violates":' * 50_000 + "1" + "}" * 50_000,  # was a traceback
+    "braces": "{" * 2_000_000,  # took hours to search
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE.values(), ids=NONSENSE)
 def test_a_judge_of_nonsense_is_told_and_its_words_are_not_kept(
     folder: Path, tmp_path: Path, capsys, nonsense: str
 ) -> None:
@@ -103,6 +109,33 @@ def test_a_judge_of_nonsense_is_told_and_its_words_are_not_kept(
         assert not (tmp_path / "out" / "results.json").exists()
         judge.rule = rule  # the judge has come to its senses
         assert cli.main([*words, "--judge", judge.place]) == 0
+
+
+def test_answers_that_are_damaged_are_named_and_those_before_a_judges_death_are_kept(
+    folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("gemstill.core.server.PAUSE", 0.001)
+    monkeypatch.setattr("gemstill.core.server.TRIES", 2)
+    words = ["eval", "policies", str(folder), "--out", str(tmp_path), "--max-new-tokens", "2"]
+    kept = tmp_path / "answers.jsonl"
+
+    def dying(request: str, answer: str) -> str:
+        if len(judge.questions) > 5:
+            judge.status = 503
+        return rule(request, answer)
+
+    with JudgeServer(dying) as judge:
+        assert cli.main([*words, "--judge", judge.place]) == 2
+        assert "answers 503" in capsys.readouterr().err
+        assert kept.read_text().count("violates") == 5
+        written = kept.read_text()
+        kept.write_text(written + '{"key": "a", "answer": "\\ud800"}\n')
+        assert cli.main([*words, "--judge", judge.place]) == 2
+        assert f"answers.jsonl, line {len(written.splitlines()) + 1}: is no answer" in capsys.readouterr().err
+        kept.write_text(written)
+        judge.status, judge.rule, before = 200, rule, len(judge.questions)
+        assert cli.main([*words, "--judge", judge.place]) == 0
+        assert len(judge.questions) - before == len(probes()) - 5
 
 
 def test_a_verdict_that_comes_at_the_second_try_counts(folder: Path, tmp_path: Path) -> None:

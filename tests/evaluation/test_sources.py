@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_published_files_of_sets_that_lie_elsewhere(tmp_path: Path) -> None:
     assert [doc["task_id"] for doc in chosen.tasks["mbpp"].task_docs] == [11, 510]
     assert prompts(chosen, "mbpp")[0][0].endswith("pass these tests:\n\nassert 1\nassert 2\nassert 3\n[BEGIN]\n")
     put(tmp_path / "hellaswag/hellaswag_val.jsonl", lines([{**scene, "endings": endings, "label": 4}]))
-    with pytest.raises(Error, match=r"line 1: has 4 in field 'label', which names none of its endings"):
+    with pytest.raises(Error, match=r"line 1: has 4 in field 'label', which should be the number of an ending"):
         select([Asked("hellaswag")], data_root=tmp_path)
     put(tmp_path / "mbpp/mbpp.jsonl.gz", lines([{"task_id": 11, **program, "test_list": ["assert 1"]}]))
     with pytest.raises(Error, match=r"line 1: has fewer than three tests in field 'test_list'"):
@@ -311,7 +312,7 @@ TEXT, NUMBER = "should be a text", "should be a whole number"
 FAULTS = {
     "gsm8k": ("gsm8k/test.jsonl", "answer", None, "test.jsonl, line 2: has no field 'answer'"),
     "piqa": ("piqa/valid.jsonl", "sol2", 7, f"line 2: has 7 in field 'sol2', which {TEXT}"),
-    "agieval_lsat_ar": ("agieval/lsat-ar.jsonl", "label", "F", "line 2: has 'F' in field 'label', which names none"),
+    "agieval_lsat_ar": ("agieval/lsat-ar.jsonl", "label", "F", "line 2: has 'F' in field 'label', which should be one"),
     "bbq": ("bbq/Age.jsonl.gz", "label", "2", f"line 2: has '2' in field 'label', which {NUMBER}"),
     "bbq_ambig": ("bbq/Age.jsonl.gz", "label", 3, "line 2: has 3 in field 'label', which should be 0 to 2"),
     "agieval": ("agieval/lsat-ar.jsonl", "options", ["(A)", 2], "in field 'options', which should be a list of texts"),
@@ -326,6 +327,16 @@ FAULTS = {
     ),
     "agieval_lsat_ar, none": ("agieval/lsat-ar.jsonl", "options", ["(A)", ""], "be choices, none of them empty"),
     "agieval_lsat_ar, passage": ("agieval/lsat-ar.jsonl", "passage", {"a": 1}, f"in field 'passage', which {TEXT}"),
+    "bbq_ambig, a kind": (
+        "bbq/Age.jsonl.gz",
+        "context_condition",
+        "amb",
+        "line 2: has 'amb' in field 'context_condition'",
+    ),
+    "bbq_ambig, whom": ("bbq/Age.jsonl.gz", "answer_info", {"ans0": []}, "line 2, answer_info: has [] in field 'ans0'"),
+    "bbq_ambig, groups": ("bbq/Age.jsonl.gz", "additional_metadata", {"stereotyped_groups": [1]}, "has [1] in field"),
+    "bbq_ambig, nothing unknown": ("bbq/Age.jsonl.gz", "ans2", "Nobody", "line 2: has none of Unknown, Cannot answer"),
+    "gsm8k, long": ("gsm8k/test.jsonl", "question", ["x" * 10_000], f"xxx in field 'question', which {TEXT}"),
     "bbq_ambig, an empty choice": ("bbq/Age.jsonl.gz", "ans0", "", "line 2: has nothing in field 'ans0'"),
 }
 
@@ -339,6 +350,7 @@ def test_a_field_that_is_missing_or_wrong_is_named_with_file_and_line(case: str,
         select([Asked(task)], data_root=tmp_path)
     assert sentence in str(caught.value)
     assert name in str(caught.value)
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 300
 
 
 def test_tables_and_lists_name_their_lines_and_items(tmp_path: Path) -> None:
@@ -381,9 +393,38 @@ def test_tables_and_lists_name_their_lines_and_items(tmp_path: Path) -> None:
     put(root / "gsm8k/test.jsonl", "")
     with pytest.raises(Error, match=r"gsm8k/test.jsonl: holds no item; fetch it again"):
         select([Asked("gsm8k")], data_root=root)
+    put(
+        root / "mmlu/test/anatomy_test.csv.gz",
+        "question,choice0,choice1,choice2,choice3,answer\nWhich, then?,a,b,c,d,0\n",
+    )
+    with pytest.raises(Error, match=r"line 2: has more fields than the first line names; mend the line"):
+        select([Asked("mmlu_anatomy")], data_root=root)
+    put(root / "mmlu/test/anatomy_test.csv.gz", 'question,choice0,choice1,choice2,choice3,answer\n"Which\n')
+    with pytest.raises(
+        Error, match=r"anatomy_test.csv.gz, line 2: is no table \(unexpected end of data\); mend the line"
+    ):
+        select([Asked("mmlu_anatomy")], data_root=root)
+    put(root / "mmlu/test/anatomy_test.csv.gz", "question,choice0,choice1,choice2,choice3,answer\nWhich\0,a,b,c,d,0\n")
+    with pytest.raises(Error, match=r"anatomy_test.csv.gz: holds zero bytes, which no text has; fetch it again"):
+        select([Asked("mmlu_anatomy")], data_root=root)
     put(root / "wikitext2/valid.txt", "no titles")
     with pytest.raises(Error, match=r"valid.txt: holds no article"):
         select([Asked("wikitext")], data_root=root)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("bbq_ambig", "bbq/Religion.jsonl"),
+        ("winobias_type1", "winobias/anti_stereotyped_type1.txt.test"),
+        ("winobias_type1", "winobias/male_occupations.txt"),
+    ],
+)
+def test_an_empty_file_among_others_is_no_smaller_benchmark(tmp_path: Path, task: str, name: str) -> None:
+    root = write_root(tmp_path)
+    put(root / name, "\n")
+    with pytest.raises(Error, match=f"{re.escape(name)}: holds no item; fetch it again"):
+        select([Asked(task)], data_root=root)
 
 
 def test_the_table_stands_for_data_sets_that_lm_eval_asks_for(root: Path) -> None:

@@ -170,10 +170,12 @@ def test_line_breaks_that_toxigen_spells_out() -> None:
 def test_winobias_lines(tmp_path: Path) -> None:
     def rows(*lines: str) -> list[dict[str, Any]]:
         put(tmp_path / "pro", "\n".join(lines) + "\n")
-        put(tmp_path / "anti", "")
+        put(tmp_path / "anti", "1 The developer hired [the designer] and paid [him].\n")
         put(tmp_path / "men", "developer\nconstruction worker\n")
         put(tmp_path / "women", "designer\n\n")
-        return winobias([tmp_path / name for name in ("pro", "anti", "men", "women")])
+        *found, last = winobias([tmp_path / name for name in ("pro", "anti", "men", "women")])
+        assert (last["second"], last["label"]) == ("designer", 1)
+        return found
 
     first, second = rows(
         "1 [The developer] thanked the designer because [he] needed [his] help.",

@@ -21,6 +21,7 @@ KEY = "GEMSTILL_API_KEY"  # the environment's variable with a server's key
 AT_ONCE = 16  # requests under way
 TRIES, PAUSE, LONGEST = 10, 0.5, 30.0  # times that a request is made; seconds of the first pause, and of any
 TIMEOUT = 600.0  # seconds for one answer
+LARGEST = 1 << 28  # bytes of an answer, unpacked: more than any is of use
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 T = TypeVar("T")
@@ -43,7 +44,9 @@ class Server:
     def __init__(self, url: str, name: str, mend: Callable[[str], str] = lambda _: "look at the server") -> None:
         self.url, self.name, self._mend = url.rstrip("/"), name, mend
         self.over = threading.Event()  # one request has failed for good: others stop trying
-        httpx, key = _library(), os.environ.get(KEY)
+        httpx, key = _library(), os.environ.get(KEY, "").strip()
+        if not key.isascii() or not key.isprintable():
+            raise Error("holds what no key does", where=KEY, fix="set it again, without line breaks and accents")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=AT_ONCE)
         self._client = httpx.Client(headers=headers, limits=limits, timeout=httpx.Timeout(TIMEOUT, connect=10.0))
@@ -56,16 +59,23 @@ class Server:
             Error: it cannot be reached, refuses, or has no such model.
         """
         url, _, wanted = place.partition("#")
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise Error("is no address of a server", where=place, fix="write http://host:8000/v1#model")
+        if not _is_address(url, wanted):
+            raise Error("is no address of a server", where=f"{place:.200}", fix="write http://host:8000/v1#model")
         server = Server(url, wanted, mend)
         answer = server.ask("GET", "/models", None, lambda answer: answer, tries=2)  # a wrong address is told at once
-        models = [str(item.get("id")) for item in answer.get("data", []) if isinstance(item, dict)]
+        listed = answer.get("data")
+        models = [
+            item["id"]
+            for item in (listed if isinstance(listed, list) else [])
+            if isinstance(item, dict) and isinstance(item.get("id"), str) and _is_text(item["id"])
+        ]
         if not wanted and len(models) == 1:
             server.name = models[0]
+        elif not models:
+            raise Error("names no model that it serves", where=url, fix="look at the server")
         elif wanted not in models:
             what = f"has no model '{wanted}'" if wanted else "serves several models"
-            raise Error(what, where=url, fix=f"name one of these after a #: {', '.join(models) or 'none'}")
+            raise Error(what, where=url, fix=f"name one of these after a #: {', '.join(models)}")
         return server
 
     def ask(self, method: str, path: str, body: Any, read: Callable[[dict[str, Any]], T], tries: int = 0) -> T:
@@ -94,25 +104,55 @@ class Server:
         """One request's answer. Raises PassingError for what may pass, Error for what does not."""
         httpx = _library()
         try:
-            response = self._client.request(method, url, json=body)
-        except httpx.TransportError as error:
+            with self._client.stream(method, url, json=body) as response:
+                data = self._read(response)
+        except (httpx.TransportError, httpx.DecodingError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise PassingError(f"cannot be reached ({reason:.200})") from error
-        if response.status_code in _PASSING:
-            raise PassingError(f"answers {response.status_code} ({_reason(response)})", _seconds(response.headers))
-        if response.status_code in (401, 403):
-            fix = f"set {KEY} to the server's key"
-            raise Error(f"answers {response.status_code} ({_reason(response)})", where=self.url, fix=fix)
-        if response.status_code >= 400:
-            reason = _reason(response)
-            raise Error(f"answers {response.status_code} ({reason})", where=self.url, fix=self._mend(reason))
+        code, reason = response.status_code, _reason(data) or response.reason_phrase
+        if code in _PASSING:
+            raise PassingError(f"answers {code} ({reason})", _seconds(response.headers))
+        if code in (401, 403):
+            raise Error(f"answers {code} ({reason})", where=self.url, fix=f"set {KEY} to the server's key")
+        if not 200 <= code < 300:
+            raise Error(f"answers {code} ({reason})", where=self.url, fix=self._mend(reason))
         try:
-            answer = response.json()
-        except ValueError as error:
+            answer = json.loads(data)
+        except (ValueError, RecursionError) as error:
             raise PassingError("gives half an answer (no JSON)") from error
         if not isinstance(answer, dict):
             raise PassingError("gives half an answer (no JSON object)")
         return answer
+
+    def _read(self, response: Any) -> bytes:
+        """The body. Raises Error for one that would fill the memory."""
+        data = bytearray()
+        for part in response.iter_bytes():
+            data += part
+            if len(data) > LARGEST:
+                what = f"gives an answer of more than {LARGEST >> 20} MiB"
+                raise Error(what, where=self.url, fix="look at the server")
+        return bytes(data)
+
+
+def _is_address(url: str, name: str) -> bool:
+    """Whether this is the address of a server, and the name of a model."""
+    httpx = _library()
+    try:
+        parts, host = urlsplit(url), httpx.URL(url).host
+        host.encode("idna")
+        return parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and _is_text(name)
+    except (ValueError, httpx.InvalidURL):  # a port that is no number, half an IPv6 address, a name too long
+        return False
+
+
+def _is_text(name: str) -> bool:
+    """Whether this can be sent: no half of a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _library() -> Any:
@@ -124,16 +164,16 @@ def _library() -> Any:
     return httpx2
 
 
-def _reason(response: Any) -> str:
+def _reason(data: bytes) -> str:
     """What a server says of its refusal, in a few words."""
-    text: Any = response.text
+    text: Any = data.decode(errors="replace")
     try:
         text = json.loads(text)
         text = text.get("error", text)
         text = text.get("message", text) if isinstance(text, dict) else text
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
-    return " ".join(str(text).split())[:200] or str(response.reason_phrase)
+    return " ".join(str(text).split())[:200]
 
 
 def _seconds(headers: Any) -> float:

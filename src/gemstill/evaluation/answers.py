@@ -18,6 +18,7 @@ from typing import Any
 from gemstill.core.errors import Error
 from gemstill.core.files import unwritable
 from gemstill.core.progress import Progress
+from gemstill.text.tokenizer import valid_text
 
 VERSION = 2
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")  # what lm-eval asks of a model
@@ -115,8 +116,8 @@ class Answers:
                 if number == 1:
                     self._check(value, head, path)
                 else:
-                    self._kept[value["key"]] = value["answer"]
-            except (ValueError, KeyError, TypeError) as error:
+                    self._kept[value["key"]] = _kept(value["answer"])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 fix = "delete that line (its answer is asked for again), or name another --out"
                 raise Error("is no answer", where=f"{path}, line {number}", fix=fix) from error
         return whole
@@ -128,6 +129,13 @@ class Answers:
             called = f" ('{there['name']}', this is '{head['name']}')" if there.get("name") != head["name"] else ""
             what = f"holds the answers of another model{called}"
             raise Error(what, where=path, fix="name another --out, or delete the folder to start anew")
+
+
+def _kept(answer: Any) -> Any:
+    """An answer as it was written. Raises ValueError for half a surrogate pair, which cannot be written again."""
+    if isinstance(answer, str) and answer != valid_text(answer):
+        raise ValueError("no text")
+    return answer
 
 
 class Answering:

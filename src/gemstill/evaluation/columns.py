@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemstill.core.errors import Error
-from gemstill.evaluation.records import Record, read_named, read_records, read_text
+from gemstill.evaluation.records import PUBLISHED, Record, read_named, read_records, read_text
 
 Row = dict[str, Any]
 _INSTRUCTION = re.compile(r"^Please [^:\n]*: *(?P<question>.*?)\n\n(?P<options>.*?)\s*Answer format:[^\n]*$", re.S)
@@ -31,7 +31,7 @@ def mmlu(item: Record) -> Row:
     answer = item.text("answer").strip()
     place = "ABCD0123".find(answer) if len(answer) == 1 else -1
     if place < 0:
-        raise item.error(f"has '{answer}' in field 'answer', which should be 0 to 3 or A to D")
+        raise item.wrong("answer", "0 to 3 or A to D")
     return {
         "question": item.text("question"),
         "choices": [item.text(f"choice{number}") for number in range(4)],
@@ -52,7 +52,7 @@ def _instruction(item: Record) -> tuple[str, list[str], int]:
     if not all(options):
         raise item.error("has an option of nothing in field 'instruction'")
     if not answer or not 1 <= int(answer[1]) <= len(options):
-        raise item.error(f"has '{item.text('answer')}' in field 'answer', which names none of its options")
+        raise item.wrong("answer", "one of its options")
     return found["question"], options, int(answer[1]) - 1
 
 
@@ -95,7 +95,7 @@ def boolq(item: Record) -> Row:
         raise item.error("has no question in field 'instruction'")
     answer = item.text("answer").strip().lower()
     if answer not in ("true", "false"):
-        raise item.error(f"has '{answer}' in field 'answer', which should be true or false")
+        raise item.wrong("answer", "true or false")
     passage = item.text("passage") if "passage" in item.fields else ""
     return {"passage": passage, "question": found[1].removesuffix("?"), "label": int(answer == "true")}
 
@@ -104,7 +104,7 @@ def hellaswag(item: Record) -> Row:
     """Rowan/hellaswag: activity_label, ctx_a, ctx_b, ctx, endings, label (a number from 0, as text)."""
     endings, label = item.choices("endings"), item.get("label", int)
     if not 0 <= label < len(endings):
-        raise item.error(f"has {label} in field 'label', which names none of its endings")
+        raise item.wrong("label", "the number of an ending")
     names = ("activity_label", "ctx_a", "ctx_b", "ctx")
     return {**{name: item.text(name) for name in names}, "endings": endings, "label": str(label)}
 
@@ -200,7 +200,7 @@ def agieval(item: Record) -> Row:
     options, label = item.choices("options"), item.text("label")
     letters = "ABCDEFGH"[: len(options)]
     if len(label) != 1 or label not in letters:
-        raise item.error(f"has '{label}' in field 'label', which names none of its options")
+        raise item.wrong("label", "one of its options")
     choices = " ".join(options)
     query = f"{passage}Q: {question} Answer Choices: {choices}\nA: Among A through {letters[-1]}, the answer is"
     return {"query": query, "choices": options, "gold": [letters.index(label)]}
@@ -245,19 +245,27 @@ def crows_pairs(item: Record) -> Row:
 
 def bbq(item: Record) -> Row:
     """oskarvanderwal/bbq: the item as its makers wrote it."""
-    names = ("question_polarity", "context_condition", "category", "context", "question")
-    answers = ("ans0", "ans1", "ans2")
-    info = item.get("answer_info", dict)
-    groups = item.get("additional_metadata", dict).get("stereotyped_groups")
-    if not isinstance(groups, list) or any(not isinstance(info.get(name), list) for name in answers):
-        raise item.error("has no 'stereotyped_groups' in 'additional_metadata', or no three answers in 'answer_info'")
+    from lm_eval.tasks.bbq.utils import UNKNOWN_RESPONSES
+
+    names, answers = ("category", "context", "question"), ("ans0", "ans1", "ans2")
+    info = Record(item.get("answer_info", dict), f"{item.where}, answer_info")
+    more = Record(item.get("additional_metadata", dict), f"{item.where}, additional_metadata")
+    choices = {name: item.choice(name) for name in answers}
+    for name, choice in choices.items():
+        # lm-eval knows of the published items without this that they are of Latinas.
+        if not any(info.texts(name)) and "Latina" not in choice:
+            raise info.wrong(name, "whom the answer names")
+    if not set(choices.values()) & set(UNKNOWN_RESPONSES):
+        raise item.error(f"has none of {', '.join(UNKNOWN_RESPONSES)} in fields 'ans0' to 'ans2'")
     if not 0 <= (label := item.get("label", int)) <= 2:
-        raise item.error(f"has {label} in field 'label', which should be 0 to 2")
+        raise item.wrong("label", "0 to 2")
     return {
+        "question_polarity": item.one_of("question_polarity", ("neg", "nonneg")),
+        "context_condition": item.one_of("context_condition", ("ambig", "disambig")),
         **{name: item.text(name) for name in names},
-        **{name: item.choice(name) for name in answers},
-        "answer_info": {name: info[name] for name in answers},
-        "additional_metadata": {"stereotyped_groups": groups},
+        **choices,
+        "answer_info": {name: info.texts(name) for name in answers},
+        "additional_metadata": {"stereotyped_groups": more.texts("stereotyped_groups")},
         "label": label,
     }
 
@@ -295,7 +303,7 @@ def piqa(paths: Sequence[Path]) -> list[Row]:
         raise Error(f"has {len(labels)} labels for the {len(items)} items of {paths[0].name}", where=paths[1], fix=fix)
     wrong = next((number for number, label in enumerate(labels, 1) if label not in ("0", "1")), None)
     if wrong is not None:
-        raise Error("is no label; it should be 0 or 1", where=f"{paths[1]}, line {wrong}")
+        raise Error("is no label; it should be 0 or 1", where=f"{paths[1]}, line {wrong}", fix=PUBLISHED)
     return [
         {"goal": item.text("goal"), "sol1": item.choice("sol1"), "sol2": item.choice("sol2"), "label": int(label)}
         for item, label in zip(items, labels, strict=True)
@@ -307,7 +315,7 @@ def wikitext(paths: Sequence[Path]) -> list[Row]:
     text = read_text(paths[0])
     starts = [found.start() for found in _PAGE.finditer(text)]
     if not starts:
-        raise Error("holds no article: no line ' = Title = '", where=paths[0])
+        raise Error("holds no article: no line ' = Title = '", where=paths[0], fix="fetch it again")
     return [{"page": text[start:end]} for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
@@ -317,21 +325,24 @@ def winobias(paths: Sequence[Path]) -> list[Row]:
     Lines "1 [The developer] argued with the designer because [she] did not like the design." of the first two files,
     which of its occupations is meant in brackets; occupations one a line in the others.
     """
-    occupations = [word for path in paths[2:] for word in read_text(path).split("\n") if word.strip()]
-    named = re.compile(rf"\b(?:{'|'.join(re.escape(word.strip()) for word in occupations)})\b", re.IGNORECASE)
+    files = [(path, [(n, line.strip()) for n, line in enumerate(read_text(path).split("\n"), 1)]) for path in paths]
+    for path, lines in files:
+        if not any(line for _, line in lines):
+            raise Error("holds no item", where=path, fix="fetch it again")
+    occupations = [re.escape(word) for _, lines in files[2:] for _, word in lines if word]
+    named = re.compile(rf"\b(?:{'|'.join(occupations)})\b", re.IGNORECASE)
     rows = []
-    for path in paths[:2]:
-        for number, line in enumerate(read_text(path).splitlines(), 1):
-            if not line.strip():
+    for path, lines in files[:2]:
+        for number, line in lines:
+            if not line:
                 continue
-            text = line.strip().partition(" ")[2]
+            text = line.partition(" ")[2]
             marked = re.findall(r"\[(.*?)\]", text)
             people = list(dict.fromkeys(found.group().lower() for found in named.finditer(text)))
             meant = [place for place, person in enumerate(people) if marked and person in marked[0].lower()]
             if len(marked) < 2 or len(people) != 2 or not meant:
-                raise Error(
-                    "has not two occupations, one of them and a pronoun in brackets", where=f"{path}, line {number}"
-                )
+                what = "has not two occupations, one of them and a pronoun in brackets"
+                raise Error(what, where=f"{path}, line {number}", fix=PUBLISHED)
             plain, pronoun = re.sub(r"[\[\]]", "", text), marked[1]
             rows.append(
                 {"sentence": plain, "pronoun": pronoun, "first": people[0], "second": people[1], "label": meant[0]}

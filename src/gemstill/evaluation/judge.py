@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +10,6 @@ from gemstill.core.errors import Error
 from gemstill.core.server import PassingError, Server
 
 TRIES = 3  # times that a judge is asked again after nonsense
-_OBJECT = re.compile(r"\{.*\}", re.DOTALL)
 
 T = TypeVar("T")
 
@@ -40,12 +38,11 @@ class Judge:
             # The same question at temperature 0 would have the same answer.
             text = self._server.ask("POST", "/chat/completions", body | {"temperature": float(attempt > 0)}, _text)
             try:
-                found = _OBJECT.search(text)
-                value = json.loads(found[0]) if found else None
+                value = json.loads(text[text.find("{") : text.rfind("}") + 1])
                 if not isinstance(value, dict):
                     continue
                 return read(value)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, RecursionError):
                 continue
         return None
 

@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ from gemstill.core.errors import Error
 from gemstill.text.tokenizer import valid_text
 
 T = TypeVar("T")
+_AGAIN = "fetch it again"
+PUBLISHED = "mend the line, or give the file as its makers publish it"
 _KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "a group of fields"}
 
 
@@ -25,7 +27,7 @@ class Record:
 
     fields: dict[str, Any]
     where: str
-    fix: str = "mend the line, or give the file as its makers publish it"
+    fix: str = PUBLISHED
 
     def get(self, name: str, kind: type[T]) -> T:
         """The field `name`, which has to be of this kind.
@@ -53,6 +55,12 @@ class Record:
         text = self.text(name)
         if not text.strip():
             raise self.error(f"has nothing in field '{name}', which should be a choice")
+        return text
+
+    def one_of(self, name: str, known: Sequence[str]) -> str:
+        """The field `name`, one of the texts that are known for it."""
+        if (text := self.text(name)) not in known:
+            raise self.wrong(name, " or ".join(known))
         return text
 
     def texts(self, name: str) -> list[str]:
@@ -95,41 +103,64 @@ def read_text(path: Path) -> str:
     """
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise Error("is no whole gzip file", where=path, fix="fetch it again") from error
+        raise Error("is no whole gzip file", where=path, fix=_AGAIN) from error
     except OSError as error:
-        raise Error(f"cannot be read ({error.strerror})", where=path) from error
+        raise Error(f"cannot be read ({error.strerror})", where=path, fix="mend its permissions") from error
     except UnicodeDecodeError as error:
-        raise Error("is no UTF-8 text", where=path) from error
+        raise Error("is no UTF-8 text", where=path, fix=_AGAIN) from error
+    if "\0" in text:  # holes of a file that was cut off, or another encoding
+        raise Error("holds zero bytes, which no text has", where=path, fix=_AGAIN)
+    return text
 
 
 def read_records(path: Path) -> Iterator[Record]:
     """The items of a data file, in order. A .json file is a list, or an object whose "examples" or "Data" are one.
 
     Raises:
-        Error: the file cannot be read, or an item of it is none.
+        Error: the file cannot be read or holds no item, or an item of it is none.
     """
-    text, suffix = read_text(path), Path(path.name.removesuffix(".gz")).suffix
-    if suffix in (".csv", ".tsv"):
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="," if suffix == ".csv" else "\t", strict=True)
-        try:
-            for row in rows:
-                whole = {name: value for name, value in row.items() if isinstance(name, str) and value is not None}
-                yield Record(whole, f"{path}, line {rows.line_num}")
-        except csv.Error as error:
-            raise Error(f"is no table ({error})", where=f"{path}, line {rows.line_num}") from error
-    elif suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
-    else:
-        whole = _parsed(text, str(path))
-        items = whole.get("examples", whole.get("Data")) if isinstance(whole, dict) else whole
-        if not isinstance(items, list):
-            raise Error("holds no list of items", where=path, fix='write [...] or {"examples": [...]}')
-        for number, item in enumerate(items, 1):
-            yield _record(item, f"{path}, item {number}")
+    suffix, empty = Path(path.name.removesuffix(".gz")).suffix, True
+    read = {".csv": _rows, ".tsv": _rows, ".jsonl": _lines}.get(suffix, _items)
+    for record in read(path):
+        empty = False
+        yield record
+    if empty:
+        raise Error("holds no item", where=path, fix=_AGAIN)
+
+
+def _rows(path: Path) -> Iterator[Record]:
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in rows:
+            record = Record({name: value for name, value in row.items() if value is not None}, _at(path, rows.line_num))
+            if None in row:
+                raise record.error("has more fields than the first line names")
+            yield record
+    except csv.Error as error:
+        # `line_num` is the last line of the row before.
+        raise Error(f"is no table ({error})", where=_at(path, rows.line_num + 1), fix=PUBLISHED) from error
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield _record(_parsed(line, _at(path, number)), _at(path, number))
+
+
+def _items(path: Path) -> Iterator[Record]:
+    whole = _parsed(read_text(path), str(path))
+    items = whole.get("examples", whole.get("Data")) if isinstance(whole, dict) else whole
+    if not isinstance(items, list):
+        raise Error("holds no list of items", where=path, fix='write [...] or {"examples": [...]}')
+    for number, item in enumerate(items, 1):
+        yield _record(item, f"{path}, item {number}")
+
+
+def _at(path: Path, line: int) -> str:
+    return f"{path}, line {line}"
 
 
 def read_named(path: Path) -> Iterator[tuple[str, Record]]:
@@ -145,7 +176,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Error(f"is not valid JSON ({error})", where=where) from error
+        raise Error(f"is not valid JSON ({error})", where=where, fix=PUBLISHED) from error
 
 
 def _record(item: Any, where: str) -> Record:

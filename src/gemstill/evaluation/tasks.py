@@ -138,7 +138,8 @@ def select(asked: Sequence[Asked], **how: Any) -> Selected:
     chosen = loader.chosen
     if not chosen.tasks:
         name, reason = next(iter(chosen.left_out.items()))
-        raise Error(f"no task has data ({name}: {reason})", where=loader.how.data_root or "the hub")
+        fix = "docs/evaluation.md says what each task needs"
+        raise Error(f"no task has data ({name}: {reason})", where=loader.how.data_root or "the hub", fix=fix)
     return chosen
 
 
@@ -390,7 +391,7 @@ def _fault(error: Exception, where: str) -> Error:
     if kinds & OFFLINE:
         fix = "go online, or name the files with --data-root"
         return Error("cannot have its data: the hub cannot be reached", where=where, fix=fix)
-    return Error(f"cannot be loaded by lm-eval ({type(error).__name__}: {text:.200})", where=where)
+    return Error(f"cannot be loaded by lm-eval ({type(error).__name__}: {text:.200})", where=where, fix="leave it out")
 
 
 @contextlib.contextmanager
