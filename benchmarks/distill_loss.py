@@ -1,7 +1,8 @@
 """The loss over 256,000 entries: against its own matrix products, plain PyTorch, torch's fused loss, and other kernels.
 
 Everything runs in the machine's fast precision: hidden states and head in it, gradients to both. `products` are the
-job's matrix products back to back, written into memory that is there already: three of the student's, one of an
+job's matrix products back to back, written into memory that is there already (freed memory is kept for all, as in a
+training run, which clears no page twice): three of the student's, one of an
 online teacher's. plain is F.linear, cap, log_softmax, gather. torch is torch.nn.functional.linear_cross_entropy;
 --full tries its chunked form too, which takes minutes. Other kernels that run on a CPU take part at --peer-tokens:
 TRL's chunked divergence, orda-kernel's torch back end, Axolotl's chunked top-k loss (on Liger's base class).
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import Row, alternate, arguments, compare, finish, peak_bytes
+from gemstill.core.allocator import keep_freed_memory
 from gemstill.core.machine import fast_dtype
 from gemstill.ops.loss import linear_cross_entropy
 from gemstill.ops.target import OnlineTarget, Target
@@ -301,6 +303,7 @@ def main() -> None:
         parts="hard,sparse,online,large,peers,memory",
     )  # fmt: skip
     torch.manual_seed(0)
+    keep_freed_memory()
     dtype = fast_dtype("cpu")
     parts = args.parts.split(",")
     rows: list[Row] = []

@@ -5,22 +5,21 @@ from __future__ import annotations
 import ctypes
 import sys
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # mallopt's names for them in malloc.h
-LARGEST = 32 << 20  # bytes; glibc takes no larger threshold
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # mallopt's names for them in malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep blocks of up to 32 MiB for the next allocation (no effect with other C libraries).
+    """Have glibc keep all that is freed for the next allocation (no effect with other C libraries).
 
-    By default it returns large blocks to the system at once, and each new one is cleared page by page:
-    a fifth of a small model's training step, for PyTorch programs of any kind.
+    By default it takes large blocks from the system and returns them at once, and each new one is cleared page by
+    page: a fifth of a small model's training step, for PyTorch programs of any kind.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, LARGEST)
-        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(MMAP_MAX, 0)
+        mallopt(TRIM_THRESHOLD, -1)  # never
 
 
 def give_back_freed_memory() -> None:

@@ -16,6 +16,7 @@ ROWS = 512  # tokens whose raw logits are held at once, in the products' dtype
 ELEMENTS = 1 << 22  # of raw logits held at once, where a small vocabulary lets them be of more tokens
 PART = 1 << 21  # elements of the head's gradient that one product makes: they stay in a processor's cache
 COLUMNS = 1 << 13  # of the vocabulary, summed at once: longer sums are no faster
+FEW = 256  # tokens whose columns are drawn together: of fewer the products are slower, more want more new memory
 
 Job = Sparse | Online
 
@@ -39,27 +40,48 @@ def walk(
     cast = head.to(hidden.dtype) if isinstance(head, Tensor) and head.numel() <= CAST else head
     losses = hidden.new_zeros(len(hidden), dtype=wide(hidden.dtype))
     blocks = cut(len(hidden), _rows(hidden, head, job))
+    backward = want_hidden or want_head
     d_hidden = torch.empty_like(hidden) if want_hidden else None
-    d_head = _HeadGradient(head, hidden.dtype, len(blocks)) if want_head and isinstance(head, Tensor) else None
+    d_head = _HeadGradient(head, hidden.dtype) if want_head and isinstance(head, Tensor) else None
     if blocks:
         raw = hidden.new_empty(max(rows.stop - rows.start for rows in blocks), len(head))
         spare = job.spare(raw)
-    for index, rows in enumerate(blocks):
-        x = hidden[rows]
-        g = product(x, cast, raw[: len(x)])
-        losses[rows] = job.consume(g, rows, weight[rows], want_hidden or want_head, spare)
-        if not (want_hidden or want_head):
+
+    def logits_gradient(rows: slice, g: Tensor) -> None:
+        """The losses of some rows, and in g [n, V] the gradient to their logits."""
+        product(hidden[rows], cast, g)
+        losses[rows] = job.consume(g, rows, weight[rows], backward, spare)
+
+    def drawn(block: slice, seed: int) -> tuple[int, int]:
+        """Do a block with drawn columns, few tokens at a time.
+
+        Returns the token from which on all columns are needed, and for how many from there `raw` has the gradient.
+        """
+        start, few = block.start, max(FEW, ELEMENTS // len(head))
+        while start < block.stop:
+            rows = slice(start, min(start + few, block.stop))
+            g = raw[: rows.stop - start]
+            logits_gradient(rows, g)
+            columns = choose(g, seed + start)
+            if columns is None:
+                return start, len(g)
+            assert isinstance(cast, Tensor)
+            _from_columns(g, hidden[rows], cast, columns, None if d_hidden is None else d_hidden[rows], d_head)
+            start = rows.stop
+        return start, 0
+
+    for block in blocks:
+        start, ready = (block.start, 0) if seed is None or not backward else drawn(block, seed)
+        if start == block.stop:
             continue
-        columns = None if seed is None else choose(g, seed + index)
-        assert isinstance(cast, Tensor)
-        to = None if d_hidden is None else d_hidden[rows]
-        if columns is not None:
-            _from_columns(g, x, cast, columns, to, d_head)
-            continue
-        if to is not None:
-            _from_all(g, cast, to)
+        rows, g = slice(start, block.stop), raw[: block.stop - start]
+        if ready < len(g):
+            logits_gradient(slice(start + ready, block.stop), g[ready:])
+        if d_hidden is not None:
+            assert isinstance(cast, Tensor)
+            _from_all(g, cast, d_hidden[rows])
         if d_head is not None:
-            d_head.add(g, x)
+            d_head.add(g, hidden[rows], alone=len(g) == len(hidden))
     return losses, d_hidden, d_head.finished() if d_head else None
 
 
@@ -103,38 +125,39 @@ def _from_columns(
 class _HeadGradient:
     """[V, D], summed over blocks in float32; what is made at once goes into its place at once."""
 
-    def __init__(self, head: Tensor, products: torch.dtype, blocks: int) -> None:
-        self.dtype = head.dtype
-        # One block's product is the sum already.
-        sums = products if blocks == 1 and products == head.dtype else wide(products)
-        self.sum = torch.empty(head.shape, dtype=sums, device=head.device)
+    def __init__(self, head: Tensor, products: torch.dtype) -> None:
+        self.dtype, self.products = head.dtype, products
+        self.shape, self.device = head.shape, head.device
         self.parts = cut(len(head), max(1, PART // max(1, head.shape[1])))
-        self.empty = True
+        self.sum: Tensor | None = None
+        self.drawn: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, g: Tensor, x: Tensor) -> None:
-        """Add gᵀ·x of a block: g [n, V], x [n, D]."""
+    def add(self, g: Tensor, x: Tensor, *, alone: bool) -> None:
+        """Add gᵀ·x of a block: g [n, V], x [n, D]. alone: there is no other block, so its product is the sum."""
+        empty = self.sum is None
+        if self.sum is None:
+            sums = self.products if alone and self.products == self.dtype else wide(self.products)
+            self.sum = torch.empty(self.shape, dtype=sums, device=self.device)
         for part in self.parts:
             to, columns_of_it = self.sum[part], g[:, part].T
             if self.sum.dtype != g.dtype:
                 made = columns_of_it @ x
-                to.copy_(made) if self.empty else to.add_(made)
-            elif self.empty:
+                to.copy_(made) if empty else to.add_(made)
+            elif empty:
                 torch.mm(columns_of_it, x, out=to)
             else:
                 to.addmm_(columns_of_it, x)
-        self.empty = False
 
     def add_rows(self, ids: Tensor, made: Tensor) -> None:
-        """Add `made` [k, D] to the rows `ids` [k], none of them twice."""
-        if self.empty:
-            self.sum.zero_()
-            self.empty = False
-        self.sum.index_add_(0, ids, made.to(self.sum.dtype))
+        """Add `made` [k, D] to the rows `ids` [k], ascending and none of them twice."""
+        self.drawn.append((ids, made))
 
     def finished(self) -> Tensor:
         """In the head's dtype; a narrower one is written into the front of the sum's own memory."""
-        if self.empty:
-            self.sum.zero_()
+        if self.sum is None:
+            return self._of_drawn()
+        for ids, made in self.drawn:
+            self.sum.index_add_(0, ids, made.to(self.sum.dtype))
         if self.sum.dtype == self.dtype:
             return self.sum
         if self.dtype.itemsize > self.sum.dtype.itemsize:
@@ -143,6 +166,18 @@ class _HeadGradient:
         for part in self.parts:
             narrow[part] = self.sum[part].to(self.dtype)
         return narrow
+
+    def _of_drawn(self) -> Tensor:
+        """Of drawn rows alone, which are summed before they are put into their places: the others stay zero."""
+        out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        if not self.drawn:
+            return out
+        ids, places = torch.unique(torch.cat([ids for ids, _ in self.drawn]), return_inverse=True)
+        total = torch.zeros(len(ids), self.shape[1], dtype=wide(self.products), device=self.device)
+        for part, (_, made) in zip(places.split([len(ids) for ids, _ in self.drawn]), self.drawn, strict=True):
+            total.index_add_(0, part, made.to(total.dtype))
+        out[ids] = total.to(out.dtype)
+        return out
 
 
 class Loss(torch.autograd.Function):
