@@ -412,6 +412,10 @@ def lie_consistently(folder: Path) -> None:
         (lie(vocab_size="many"), "no sound index"),
         (lie(version=99), "version 99"),
         (lie(shards=[]), "no sound index"),
+        (lie(source="books"), "no sound index"),
+        (lie(source=[{}]), "no index"),
+        (lie(source=[{"name": None}]), "no sound index"),
+        (lie(source=[{"name": "\ud800"}]), "no index"),
         (lie(shards=3), "no index"),
         (lie(shard_file="../../secrets"), "no sound index"),
         (lie(shard_tokens=-1), "no sound index"),
@@ -434,6 +438,19 @@ def test_a_flipped_bit_is_found_by_verify(made: Path) -> None:
     dataset = TokenDataset.open(made / "train")
     with pytest.raises(Error, match=r"shard-00001\.safetensors: is not as it was written"):
         dataset.verify()
+
+
+@pytest.mark.parametrize("places", [(3,), (0, -1), (0, 0), (0, 1), (0, 1 << 40)])
+def test_documents_that_begin_nowhere_are_found_when_asked_for(made: Path, places: tuple[int, ...]) -> None:
+    """They were an IndexError of whoever read the documents."""
+    path = made / "train" / "shard-00001.safetensors"
+    dtype, offset, count = read_header(path).starts
+    data = bytearray(path.read_bytes())
+    starts = np.frombuffer(data, dtype, count, offset)
+    starts[-len(places) :] = places
+    path.write_bytes(data)
+    with pytest.raises(Error, match=r"shard-00001.safetensors: document_starts are not where documents begin; make"):
+        _ = TokenDataset.open(made / "train").document_starts
 
 
 def test_a_damaged_shard_is_written_again(made: Path, documents: Path, tokenizer: Tokenizer) -> None:
@@ -482,6 +499,7 @@ def test_memory_does_not_grow_with_the_shards(tokenizer: Tokenizer, tmp_path: Pa
         handle.truncate(8 + len(head) + 8 + 2 * tokens)
     shard = {"file": path.name, "tokens": tokens, "documents": 1, "bytes": 1, "sha256": "0"}
     index = {"format": "gemstill tokens", "version": 1, "tokenizer": "t", "vocab_size": 1000, "bos_id": 2, "eos_id": 1}
+    index["source"] = []
     files.write_json(
         tmp_path / "index.json", {**index, "tokens": tokens, "documents": 1, "bytes": 1, "shards": [shard]}
     )

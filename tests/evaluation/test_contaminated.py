@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,38 @@ def test_items_of_a_task_come_from_the_data_root(planted: Path, tmp_path: Path) 
     }  # fmt: skip
 
 
+def test_files_of_items_that_are_no_text_are_named(planted: Path, tmp_path: Path) -> None:
+    (tmp_path / "items").mkdir()
+    (tmp_path / "items" / "a.txt").write_text(text(500, 30))
+    (tmp_path / "items" / "b.txt").write_bytes(bytes(range(256)))
+    run(config(planted, tmp_path / "out", items=str(tmp_path / "items")))
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (result["items"], result["left_out"]) == (1, ["items: 1 files that are no text are left out"])
+
+
+def flip(path: Path) -> None:
+    """One bit of a shard's last token."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 def test_bad_input_is_answered_in_one_line(planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards, tokenizer = str(planted / "data" / "train"), str(planted / "tokenizer")
     small_tokenizer(300).save(tmp_path / "other")
     items = ["--items", str(planted / "items.jsonl")]
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    shutil.copytree(shards, tmp_path / "damaged")
+    flip(tmp_path / "damaged" / "shard-00001.safetensors")
     for words, line in (
+        ([str(tmp_path / "damaged"), "--tokenizer", tokenizer, *items], "shard-00001.safetensors: is not as it was"),
+        ([shards, "--tokenizer", tokenizer, "--items", str(tmp_path / "empty.txt")], "empty.txt: holds no item; name"),
+        (
+            [shards, "--tokenizer", tokenizer, "--items", str(tmp_path / "binary.txt")],
+            "binary.txt: holds no item; name",
+        ),
+        ([shards, "--tokenizer", tokenizer, "--tasks", " , "], "no items are named; give --suite, --tasks or --items"),
         ([shards, "--tokenizer", tokenizer], "no items are named; give --suite, --tasks or --items"),
         ([shards, "--tokenizer", tokenizer, "--suite", "a", "--tasks", "b"], "names a suite and tasks"),
         ([shards, "--tokenizer", tokenizer, "--suite", "gema2-pretrained"], "did you mean 'gemma2-pretrained'?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -164,12 +165,17 @@ def test_bad_input_is_answered_in_one_line(known: Path, tmp_path: Path, capsys: 
     save(network(seed=1), small_tokenizer(), tmp_path / "other")
     dataset(tmp_path / "short", [ids(LENGTH - 1, 0)])
     write_dataset(_texts(tmp_path), small_tokenizer(300), tmp_path / "foreign", heldout_fraction=0, workers=1)
+    shutil.copytree(known / "known", tmp_path / "damaged")
+    for shard in (tmp_path / "damaged").glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-300] + b"\xff" * 300)  # of its tokens, at two bytes each
     run(config(known, tmp_path / "out", samples=2))
     capsys.readouterr()
     for words, line in (
         ([model], "no value"),
         ([model, *data, "--samples", "0"], "samples is 0; give a number from 1 up"),
+        ([model, *data, "--seed", "-1"], "seed is -1; give a number from 0 up"),
         ([model, "--data", str(tmp_path / "none")], "holds no data set"),
+        ([model, "--data", str(tmp_path / "damaged")], "damaged: holds an id outside the vocabulary of 384; make"),
         ([model, "--data", str(tmp_path / "short")], "no document has 100 tokens"),
         ([model, "--data", str(tmp_path / "foreign" / "train")], "was encoded with tokenizer"),
         ([model, *data, "--names", "no_such_pipeline"], "there is no spaCy pipeline 'no_such_pipeline'"),

@@ -174,7 +174,7 @@ class TokenDataset:
     def document_starts(self) -> Ints:
         """Where each document begins in the stream, [num_documents] int64: 8 bytes a document once asked for."""
         if self._starts is None:
-            mapped = [_mapped(path, header.starts) for path, header in zip(self._paths, self._headers, strict=True)]
+            mapped = [_starts(path, header) for path, header in zip(self._paths, self._headers, strict=True)]
             shifted = (starts + offset for starts, offset in zip(mapped, self._offsets, strict=False))
             self._starts = mapped[0] if len(mapped) == 1 else np.concatenate(list(shifted))
         return self._starts
@@ -190,9 +190,9 @@ class TokenDataset:
             if files.sha256(path) != shard["sha256"]:
                 raise Error(f"is not as it was written (SHA-256 differs from {INDEX})", where=path, fix=_REMAKE)
             tokens = self._map(number)
-            starts = _mapped(path, self._headers[number].starts)
-            if not np.array_equal(np.flatnonzero(tokens == self.bos_id), starts) or starts[0] != 0:
-                raise Error("document_starts are not where documents begin", where=path, fix=_REMAKE)
+            starts = _starts(path, self._headers[number])
+            if not np.array_equal(np.flatnonzero(tokens == self.bos_id), starts):
+                raise _no_starts(path)
             if int(tokens.max()) >= self.vocab_size:
                 raise Error(f"holds ids outside the vocabulary of {self.vocab_size}", where=path, fix=_REMAKE)
 
@@ -211,6 +211,18 @@ def _mapped(path: Path, span: tuple[np.dtype[Any], int, int]) -> npt.NDArray[Any
         raise Error(f"cannot be read ({error})", where=path, fix=_REMAKE) from error
 
 
+def _starts(path: Path, header: ShardHeader) -> Ints:
+    """Where the documents of a shard begin: at its first token, and each with room for its two marks."""
+    starts: Ints = _mapped(path, header.starts)
+    if starts[0] != 0 or (np.diff(starts, append=header.tokens[2]) < 2).any():
+        raise _no_starts(path)
+    return starts
+
+
+def _no_starts(path: Path) -> Error:
+    return Error("document_starts are not where documents begin", where=path, fix=_REMAKE)
+
+
 def _check_index(index: Any, path: Path) -> None:
     """Refuse an index that is not one, or that contradicts itself."""
     numbers = ("tokens", "documents", "bytes", "vocab_size", "bos_id", "eos_id")
@@ -220,11 +232,13 @@ def _check_index(index: Any, path: Path) -> None:
             raise Error(f"describes {found}, this is for {FORMAT!r} version {VERSION}", where=path, fix=_REMAKE)
         shards = index["shards"]
         sound = isinstance(index["tokenizer"], str) and all(type(index[name]) is int for name in numbers)
+        sound &= isinstance(index["source"], list) and all(isinstance(one["name"], str) for one in index["source"])
+        json.dumps(index, ensure_ascii=False).encode()  # what is told of it can be written
         for shard in shards:
             sound &= all(type(shard[name]) is int and shard[name] > 0 for name in ("tokens", "documents", "bytes"))
             sound &= isinstance(shard["sha256"], str) and Path(shard["file"]).name == shard["file"]
         sums = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "bytes")}
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, UnicodeEncodeError) as error:
         raise Error(f"is no index of a data set ({error!r})", where=path, fix=_REMAKE) from error
     if not sound or not shards or index["vocab_size"] < 1:
         raise Error("is no sound index of a data set", where=path, fix=_REMAKE)

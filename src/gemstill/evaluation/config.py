@@ -52,6 +52,8 @@ class MemorizationConfig:
             raise Error("no data set is named", where="memorization", fix="give --data FOLDER")
         if self.samples < 1:
             raise Error(f"samples is {self.samples}", where="memorization", fix="give a number from 1 up")
+        if self.seed < 0:
+            raise Error(f"seed is {self.seed}", where="memorization", fix="give a number from 0 up")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,12 @@ class ContaminatedConfig:
     def __post_init__(self) -> None:
         if self.suite and self.tasks:
             raise Error("names a suite and tasks", where="contaminated", fix="give one of them")
-        if not (self.suite or self.tasks or self.items):
+        if not (self.suite or self.names or self.items):
             raise Error("no items are named", where="contaminated", fix="give --suite, --tasks or --items")
         if self.workers < 0:
             raise Error(f"workers is {self.workers}", where="contaminated", fix="give a number, or 0 for one a core")
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks."""
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]

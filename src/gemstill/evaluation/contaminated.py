@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -62,13 +62,14 @@ def run(config: ContaminatedConfig) -> dict[str, Any]:
     """Look for the items in the data set, write `config.out`, and `config.clean` where asked for.
 
     Raises:
-        Error: no such data set, tokenizer, suite, task or items; a data set of another tokenizer; a place that cannot
-            be written or, for the clean copy, is taken.
+        Error: no such data set, tokenizer, suite, task or items; a data set of another tokenizer, or damaged; a place
+            that cannot be written or, for the clean copy, is taken.
     """
     dataset, tokenizer = _opened(config)
     if config.clean:
         _check_free(Path(config.clean))
     items = items_of(config)
+    dataset.verify()  # damaged text overlaps nothing, and the clean copy would have it with new sums
     for line in items.left_out:
         print(line)
     index = Index(items.texts, items.task)
@@ -94,14 +95,18 @@ def items_of(config: ContaminatedConfig) -> Items:
     """The items that `config` names. Raises Error as `run` does."""
     items = Items()
     if config.items:
-        name = Path(config.items).name
-        for document in read_source(Source(Path(config.items))):
+        name, counts = Path(config.items).name, Counter[str]()
+        for document in read_source(Source(Path(config.items)), counts):
             items.add(name, document.id, [document.text])
-    if config.suite or config.tasks:
+        if not items.texts:
+            raise Error("holds no item", where=config.items, fix="name a file or a folder of texts")
+        if counts["binary"]:
+            items.left_out.append(f"{name}: {counts['binary']} files that are no text are left out")
+    if config.suite or config.names:
         from gemstill.evaluation.suites import suite
         from gemstill.evaluation.tasks import Asked, select
 
-        names = [name.strip() for name in config.tasks.split(",") if name.strip()]
+        names = config.names
         if config.suite:
             names = list(dict.fromkeys(one.name for one in suite(config.suite).asked()))
         # Items alone are read: no examples before them, and no program is run.
@@ -110,7 +115,7 @@ def items_of(config: ContaminatedConfig) -> Items:
             for leaf in leaves:
                 for number, item in enumerate(chosen.tasks[leaf].task_docs):
                     items.add(name, f"{leaf} {number}", list(_texts_in(item)))
-        items.left_out = chosen.absent()
+        items.left_out += chosen.absent()
     return items
 
 

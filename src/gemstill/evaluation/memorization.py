@@ -187,11 +187,15 @@ def recall(
     """Have the model go on from the prompts of the windows of these numbers; what `answers` has is not asked again.
 
     Raises:
-        Error: windows longer than the model's context, or logits that are no numbers.
+        Error: windows longer than the model's context, ids that it does not have, or logits that are no numbers.
     """
     write = Writer(model, tokenizer)
     found: list[Recalled] = []
     asked = [windows.read(number) for number in numbers.tolist()]
+    for window in asked:
+        if max(window.ids) >= model.config.vocab_size:
+            what, fix = f"holds an id outside the vocabulary of {model.config.vocab_size}", "make the data set again"
+            raise Error(what, where=windows.datasets[window.source].folder, fix=fix)
     prompts = [[*write.mark, *window.ids[:PROMPT]] for window in asked]
     keys = [answers.key("memorization", 1, "greedy", [prompt, ANSWER]) for prompt in prompts]
     answers.check(keys, _is_answer)
