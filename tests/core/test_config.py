@@ -113,6 +113,7 @@ def test_faults_of_settings(overrides: list[str], message: str) -> None:
         ("output: o\nsteps: -3\n", "recipe: steps is -3; it must be above 0"),
         ("output: {\n", "is not valid YAML"),
         ("- a\n", "holds no fields"),
+        ("output: " + "[" * 5000, "is nested too deeply"),
         ("steps: 3\n", "'output' has no value; give one: --set output=…"),
         ("", "'output' has no value"),
         ("output: !!python/object/apply:os.system ['true']\n", "is not valid YAML"),

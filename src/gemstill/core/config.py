@@ -130,6 +130,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise Error(f"cannot be read ({error.strerror})", where=path, fix="name a YAML recipe") from error
     except UnicodeDecodeError as error:
         raise Error("is no UTF-8 text", where=path, fix="name a YAML recipe") from error
+    except RecursionError as error:
+        raise Error("is nested too deeply", where=path, fix="a recipe has lines like 'name: value'") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""

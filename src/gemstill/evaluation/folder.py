@@ -28,7 +28,10 @@ def read_results(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS
     if not path.exists() and (folder / ANSWERS).exists():
         raise Error("the evaluation is not finished", where=folder, fix="give its command again: it goes on")
-    found = read_json(path)
+    try:
+        found = read_json(path)
+    except Error as error:
+        raise Error(error.what, where=path, fix="name the folder of an evaluation, or evaluate again") from error
     if not isinstance(found, dict) or not isinstance(found.get("gemstill"), dict):
         raise Error("is no result of gemstill eval", where=path, fix=AGAIN)
     _expect_text(found, str(path))
