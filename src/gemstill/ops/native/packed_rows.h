@@ -81,6 +81,9 @@ void weights_at(const T* from, Floats& a, Floats& b) {
 }
 
 constexpr int ROWS = 4, TOKENS = LANES == 16 ? 6 : 2;  // of a tile at most: its sums stay in registers
+// Bytes ahead of those being multiplied that are asked for, into the first cache: from the second one, which is as far as
+// requests for more go, four streams take a fifth longer.
+constexpr int64_t NEAR = 2048;
 constexpr int64_t LOT = 1 << 17;  // bytes of weights that stay in the second cache until all vectors have read them
 
 template <class T>
@@ -91,7 +94,8 @@ struct Weights {  // rows, from one place to the next `apart` numbers
   Weights from(int64_t row) const { return {data + row * apart, apart}; }
 };
 
-// sums [M, R] of R rows of K weights with vectors first, …, first + M - 1. Meanwhile asks for so many rows of `asked`.
+// sums [M, R] of R rows of K weights with vectors first, …, first + M - 1. Meanwhile asks for so many rows of `asked`:
+// all R into the first cache, fewer into the second.
 template <class T, int R, int M, int asks>
 void multiply_tile(const Weights<T>& rows, int64_t K, const Activations& x, int64_t first, const Weights<T>& asked,
                    float* sums) {
@@ -129,8 +133,8 @@ void multiply_tile(const Weights<T>& rows, int64_t K, const Activations& x, int6
 #pragma GCC unroll 4
     for (int r = 0; r < asks; r++) {
       const T* later = asked.data + r * asked.apart + k;
-      __builtin_prefetch(later, 0, 2);
-      if (step > line) __builtin_prefetch(later + line, 0, 2);
+      __builtin_prefetch(later, 0, asks == R ? 3 : 2);
+      if (step > line) __builtin_prefetch(later + line, 0, asks == R ? 3 : 2);
     }
     add({rows.data + k, rows.apart}, k);
   }
@@ -178,7 +182,7 @@ void multiply_rows(const T* weights, const Activations& x, int64_t count, const 
     // Memory is what is waited for. Rows are read at four places far apart: it answers several streams faster than one.
     const int64_t apart = whole / ROWS;
     for (int64_t n = 0; n < apart; n++) {
-      const Weights<T> rows{weights + n * K, apart * K}, asked{rows.data + AHEAD / sizeof(T), rows.apart};
+      const Weights<T> rows{weights + n * K, apart * K}, asked{rows.data + NEAR / sizeof(T), rows.apart};
       each_tile([&](int64_t tile, int64_t m, int64_t some) {
         float* to = out + m * stride + n;
         if (tile == 0) return multiply_some<ROWS, ROWS>(rows, x, m, some, asked, to, stride, apart);
