@@ -31,8 +31,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(quickstart, name, value)
-        config = QuickstartConfig(data=str(TEXT), run=str(folder), compare_compute=True)
+        config = QuickstartConfig(data=str(TEXT), run=str(folder))
         quickstart.run(config)
+        config = QuickstartConfig(data=str(TEXT), run=str(folder), compare_compute=True)
+        quickstart.run(config)  # asked for of a folder that is finished
         before = (folder / "steps.json").read_bytes()
         quickstart.run(config)  # all is done: nothing is done again
         assert (folder / "steps.json").read_bytes() == before

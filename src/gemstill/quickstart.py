@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,12 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         steps.do("teach", lambda: _teach(config))
         steps.do("scratch", lambda: _train(student(config, "scratch")))
         steps.do("distilled", lambda: _train(student(config, "distilled")))
+        steps.do("evaluate", lambda: _evaluate(folder, ROWS))
         rows = [*ROWS]
-        if config.compare_compute:
+        if config.compare_compute:  # also in a folder that is finished without it
             steps.do("scratch_longer", lambda: _train(longer(config, steps)))
+            steps.do("evaluate_longer", lambda: _evaluate(folder, ["scratch_longer"]))
             rows.append("scratch_longer")
-        steps.do("evaluate", lambda: _evaluate(folder, rows))
         steps.do("model", lambda: _publish(config))
         summary = _summary(folder, steps, rows)
         files.write_json(folder / "summary.json", summary)
@@ -225,7 +227,7 @@ def _teach(config: QuickstartConfig) -> dict[str, Any]:
     }
 
 
-def _evaluate(folder: Path, rows: list[str]) -> dict[str, Any]:
+def _evaluate(folder: Path, rows: Sequence[str]) -> dict[str, Any]:
     """Score every model on all held-out documents, and let it write."""
     from gemstill.checkpoint.source import load
     from gemstill.data.dataset import TokenDataset
@@ -285,7 +287,7 @@ def _publish(config: QuickstartConfig) -> dict[str, Any]:
 
 
 def _summary(folder: Path, steps: Steps, rows: list[str]) -> dict[str, Any]:
-    scores = steps.result("evaluate")
+    scores = steps.result("evaluate") | (steps.result("evaluate_longer") if len(rows) > len(ROWS) else {})
     ratio, low, high = bootstrap(scores["distilled"]["nll"], scores["scratch"]["nll"], scores["scratch"]["tokens"])
     summary: dict[str, Any] = {
         "wall_seconds": steps.seconds,

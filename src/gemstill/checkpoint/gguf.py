@@ -195,7 +195,7 @@ def _rare(info: TensorInfo, data: Tensor, dtype: torch.dtype, where: object) -> 
 def _norm(file: GgufFile, name: str, dtype: torch.dtype | None, kinds: set[torch.dtype]) -> Tensor:
     """The weight w of a norm, of which the file holds the gain 1 + w."""
     info = file.tensors[name]
-    data = file.data(name)
+    data = file.copy(name)
     gain = dequantize(data, info.block.name) if info.block.name not in RARE else _rare(info, data, torch.float32, name)
     weight = gain - 1
     exact = file.fields.get(EXACT + name)

@@ -83,6 +83,12 @@ class GgufFile:
         part = torch.from_numpy(self._data[info.offset : info.offset + info.nbytes])
         return part.view(*info.shape[:-1], info.shape[-1] // info.block.size * info.block.bytes)
 
+    def copy(self, name: str) -> Tensor:
+        """As `data`, in memory of its own: to touch a small mapped tensor brings in what lies around it, too."""
+        info = self.tensors[name]
+        part = torch.from_numpy(np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset))
+        return part.view(*info.shape[:-1], info.shape[-1] // info.block.size * info.block.bytes)
+
 
 class _Reader:
     """Reads one thing after the other, and nothing beyond the end."""

@@ -27,7 +27,8 @@ STEPS = {
     "tokenizer": "tokenizer", "data": "token shards", "teacher": "teacher", "teach": "probability store",
     "scratch": "student from scratch", "distilled": "distilled student",
     "scratch_longer": "student from scratch, longer",
-    "evaluate": "held-out comparison and samples", "model": "checkpoint",
+    "evaluate": "held-out comparison and samples", "evaluate_longer": "the same of the longer one",
+    "model": "checkpoint",
 }  # fmt: skip
 _TABLE_NOTE = (
     "Loss in nats a token, perplexity and bits a byte over all held-out documents. FLOPs are those of the matrix "
