@@ -207,3 +207,16 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(Error, match="no more"):
         write_gguf(tmp_path / "model.gguf", {}, [Out("w", (4,), BLOCKS["F32"], parts)])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_changes_after_it_was_opened(tmp_path):
+    path, weight = tmp_path / "model.gguf", torch.arange(64.0)
+    write_gguf(path, FIELDS, [Out("one", weight.shape, BLOCKS["F32"], lambda: weight)])
+    file = GgufFile(path)
+    assert torch.equal(file.copy("one"), file.data("one"))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(Error, match="has become shorter"):
+        file.copy("one")
+    path.unlink()
+    with pytest.raises(Error, match="cannot be read"):
+        file.copy("one")

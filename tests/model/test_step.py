@@ -130,6 +130,39 @@ def test_of_bfloat16_weights_it_is_the_float32_network():
     assert not torch.allclose(walk(model, tokens, SlotCache(WIDE, 2, 12), [0, 1]), wide(tokens), **CLOSE)
 
 
+def native_bfloat16():
+    """Whether products of bfloat16 are among what the kernels are built for."""
+    return os.environ.get("GEMSTILL_KERNELS", "native") == "native" and "avx512_bf16" in processor_flags()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("config", [WIDE, QK], ids=name_of)
+@torch.no_grad()
+def test_a_prompt_in_bfloat16(config, dtype):
+    """No further from float64 than Transformer.forward in bfloat16; the exact tokens beside it stay what they are."""
+    config = replace(config, intermediate_size=168)  # no whole number of blocks
+    model, wide = network(config, torch.bfloat16), network(config, torch.float64)
+    wide.load_state_dict(model.state_dict())
+    tokens = text(config, 3, 40)
+    prompt = tokens[0, :33].tolist()
+    plain = model(tokens[:1, :33])[0].double()
+    model.compute_dtype = dtype
+
+    def read(exact, beside=0):
+        cache = SlotCache(config, 3, 40)
+        others = [tokens[1 + slot, 0].item() for slot in range(beside)]
+        slots = [*range(1, 1 + beside), *[0] * len(prompt)]
+        return Step(model, cache)([*others, *prompt], slots, exact=exact).split([beside, len(prompt)])
+
+    exact, rounded, true = read(33)[1], read(0)[1], wide(tokens[:1, :33])[0]
+    assert torch.equal(exact, rounded) == (dtype is torch.float32 or not native_bfloat16())
+    assert (rounded - true).norm() <= (plain - true).norm()
+    for count in (1, 2):
+        singles, again = read(count, count)
+        assert torch.equal(again, rounded)
+        assert torch.equal(singles, read(count + 33, count)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("config", [BASE, WIDE], ids=name_of)
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -80,14 +81,27 @@ class GgufFile:
     def data(self, name: str) -> Tensor:
         """The bytes of a tensor, [..., bytes of a row] uint8, mapped from the file."""
         info = self.tensors[name]
-        part = torch.from_numpy(self._data[info.offset : info.offset + info.nbytes])
-        return part.view(*info.shape[:-1], info.shape[-1] // info.block.size * info.block.bytes)
+        return _rows(info, self._data[info.offset : info.offset + info.nbytes])
 
     def copy(self, name: str) -> Tensor:
-        """As `data`, in memory of its own: to touch a small mapped tensor brings in what lies around it, too."""
+        """As `data`, in memory of its own: to touch a small mapped tensor brings in what lies around it, too.
+
+        Raises:
+            Error: the file is gone, or has become shorter, since it was opened.
+        """
         info = self.tensors[name]
-        part = torch.from_numpy(np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset))
-        return part.view(*info.shape[:-1], info.shape[-1] // info.block.size * info.block.bytes)
+        try:
+            part = np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset)
+        except OSError as error:
+            raise Error(f"cannot be read ({error.strerror})", where=self.path) from error
+        if len(part) < info.nbytes:
+            raise Error("has become shorter since it was opened", where=self.path, fix=AGAIN)
+        return _rows(info, part)
+
+
+def _rows(info: TensorInfo, part: npt.NDArray[np.uint8]) -> Tensor:
+    """[..., bytes of a row] uint8."""
+    return torch.from_numpy(part).view(*info.shape[:-1], info.shape[-1] // info.block.size * info.block.bytes)
 
 
 class _Reader:

@@ -286,10 +286,13 @@ class Engine:
         assert cache is not None
         if self._native is None or self._native.cache is not cache:
             self._native = Step(self.model, cache)
+        # Next tokens before parts of prompts: only these may be computed less exactly.
+        pieces = sorted(pieces, key=lambda piece: piece.size > 1)
+        exact = sum(piece.size == 1 for piece in pieces)
         tokens = [token for piece in pieces for token in piece.answer.text[piece.start : piece.end]]
         slots = [self._slots.of(piece.answer) for piece in pieces for _ in range(piece.size)]
         ends = zip(pieces, itertools.accumulate(piece.size for piece in pieces), strict=True)
-        found = self._native(tokens, slots, [end - 1 for piece, end in ends if piece.last])
+        found = self._native(tokens, slots, [end - 1 for piece, end in ends if piece.last], exact)
         if found is None:
             self._feed_plain(pieces)
             return

@@ -32,9 +32,9 @@ class Step:
     """Steps of `model` over the texts of `cache`, a few tokens at a time.
 
     Weights are read where they lie, anew in each step, so a model in training or replaced parameters are followed.
-    Activations are float32 throughout, whatever the model's compute dtype: the answer is that of the float32 network
-    with the stored weights, up to rounding (float32's, and that of keys and values to the cache's dtype). Only the
-    embedding's scale is rounded to the compute dtype, as in Transformer.forward.
+    Activations are float32, whatever the model's compute dtype, but those of tokens that need not be exact: the answer
+    is that of the float32 network with the stored weights, up to rounding (float32's, and that of keys and values to
+    the cache's dtype). Only the embedding's scale is rounded to the compute dtype, as in Transformer.forward.
 
     >>> step = Step(model, cache)                        # doctest: +SKIP
     >>> logits = step([12, 97, 4], slots=[0, 2, 3])      # the next token of three texts  # doctest: +SKIP
@@ -61,12 +61,18 @@ class Step:
         self._network: Tensor | None = None  # all of that, as the native step takes it
 
     def __call__(
-        self, tokens: Sequence[int], slots: Sequence[int], wanted: Sequence[int] | None = None
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        wanted: Sequence[int] | None = None,
+        exact: int | None = None,
     ) -> Tensor | None:
         """Feed token tokens[i] to the text in slots[i], and count it as held.
 
         A slot that is named several times takes these tokens one after the other. wanted: which of the tokens' logits
-        are asked for, all by default.
+        are asked for, all by default. exact: how many tokens, the first ones, need float32 activations, all by default;
+        what weights of layers in bfloat16 are multiplied with is rounded to it for the others, if it is the compute
+        dtype and the processor has an instruction for such products. Transformer.forward rounds more than that.
 
         Returns logits [len(wanted), V] float32; None, and nothing is done, where this cannot be computed natively:
         more than 64 tokens, no kernels, another device, weights or a cache of another dtype than float32 and
@@ -90,10 +96,11 @@ class Step:
         asked = list(range(len(tokens)) if wanted is None else wanted)
         with torch.no_grad():
             network = self._look()
-            if network is None:
+            if network is None or self._as is None:
                 return None
             logits = torch.empty(len(asked), self.model.config.vocab_size)
-            if not torch.ops.gemstill.step(network, list(tokens), list(slots), positions, asked, logits):
+            first = len(tokens) if exact is None or self._as[1] != torch.bfloat16 else exact
+            if not torch.ops.gemstill.step(network, list(tokens), list(slots), positions, asked, first, logits):
                 return None
         for slot, end in ends.items():
             cache.advance(slot, end - cache.lengths[slot])

@@ -17,14 +17,16 @@
 
 namespace gemstill {
 
-void Activations::resize(Kind to, int64_t vectors, int64_t numbers) {
+void Activations::resize(Kind to, int64_t vectors, int64_t numbers, int64_t first) {
   kind = to;
   M = vectors;
+  exact = ROUNDS && kind == Kind::bfloat16 ? first : M;
   K = numbers;
   blocks = (K + BLOCK - 1) / BLOCK;
   width = blocks * BLOCK;
   if (is_plain(kind)) {
-    values.resize(M * width);
+    values.resize(exact * width);
+    rounded.resize((M - exact) * width);
     return;
   }
   STD_TORCH_CHECK(K % BLOCK == 0, "a row is no whole number of blocks");
@@ -102,23 +104,47 @@ float take_block(const float* x, int8_t* high, int8_t* low, int16_t* whole, int3
 
 }  // namespace
 
+namespace {
+
+// A vector of K floats in `to`; for bfloat16 weights, of each 32 those at even places come first.
+void take_floats(const float* from, Kind kind, int64_t K, float* to) {
+  if (kind == Kind::float32) {
+    std::copy(from, from + K, to);
+    return;
+  }
+  for (int64_t b = 0; b < K / BLOCK; b++) {
+    for (int64_t k = 0; k < BLOCK / 2; k++) {
+      to[b * BLOCK + k] = from[b * BLOCK + 2 * k];
+      to[b * BLOCK + BLOCK / 2 + k] = from[b * BLOCK + 2 * k + 1];
+    }
+  }
+  for (int64_t k = K / BLOCK * BLOCK; k < K; k++) to[k / BLOCK * BLOCK + k % 2 * (BLOCK / 2) + k % BLOCK / 2] = from[k];
+}
+
+void take_rounded(const float* from, int64_t K, uint16_t* to) {
+#pragma omp simd
+  for (int64_t k = 0; k < K; k++) {
+    bfloat16 near;
+    store(near, from[k]);
+    to[k] = near.bits;
+  }
+}
+
+}  // namespace
+
 void Activations::take(const float* x, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; m++) {
     const float* from = x + m * K;
+    if (m >= exact) {
+      uint16_t* to = rounded.data() + (m - exact) * width;
+      take_rounded(from, K, to);
+      std::fill(to + K, to + width, 0);
+      continue;
+    }
     if (is_plain(kind)) {
       float* to = values.data() + m * width;
       std::fill(to + K, to + width, 0.0f);
-      if (kind == Kind::float32) {
-        std::copy(from, from + K, to);
-        continue;
-      }
-      for (int64_t b = 0; b < K / BLOCK; b++) {
-        for (int64_t k = 0; k < BLOCK / 2; k++) {
-          to[b * BLOCK + k] = from[b * BLOCK + 2 * k];
-          to[b * BLOCK + BLOCK / 2 + k] = from[b * BLOCK + 2 * k + 1];
-        }
-      }
-      for (int64_t k = K / BLOCK * BLOCK; k < K; k++) to[k / BLOCK * BLOCK + k % 2 * (BLOCK / 2) + k % BLOCK / 2] = from[k];
+      take_floats(from, kind, K, to);
       continue;
     }
     for (int64_t b = 0; b < blocks; b++) {

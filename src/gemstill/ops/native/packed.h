@@ -54,16 +54,19 @@ struct Lines {
 // cost a small model half a percent of its perplexity.
 class Activations {
  public:
-  // Makes room for M vectors for a product with matrices of this kind, any packed one standing for all of them.
-  void resize(Kind kind, int64_t M, int64_t K);
+  // Makes room for M vectors for a product with matrices of this kind, any packed one standing for all of them. Those
+  // from `exact` on may be rounded to bfloat16 for bfloat16 weights, where the processor multiplies that.
+  void resize(Kind kind, int64_t M, int64_t K, int64_t exact);
   // Takes vectors [begin, end) of x [M, K]; different ones may be taken in different threads. One that is not finite
   // makes products that are not finite.
   void take(const float* x, int64_t begin, int64_t end);
 
   int64_t M = 0, K = 0, width = 0, blocks = 0;  // width: K rounded up to whole blocks
+  int64_t exact = 0;  // vectors that are not rounded: the first
   Kind kind = Kind::float32;
-  // [M, width]. Plain ones: floats, zeros from K on; for bfloat16 weights those at even places of each 32 come first.
+  // [exact, width]. Plain ones: floats, zeros from K on; for bfloat16 weights those at even places of each 32 come first.
   std::vector<float, Lines<float>> values;
+  std::vector<uint16_t, Lines<uint16_t>> rounded;  // [M - exact, width], zeros from K on
   std::vector<int8_t> high, low;
   std::vector<int16_t> whole;  // 128 high + low; of each 8 those at even places come first
   std::vector<float> scales, totals;          // [M, blocks]: of a block; the scale times the integers' sum
@@ -72,7 +75,7 @@ class Activations {
 
 // One call for both: `to` becomes x [M, K] as products with `kind` take it.
 inline void quantize_activations(const float* x, Kind kind, int64_t M, int64_t K, Activations& to) {
-  to.resize(kind, M, K);
+  to.resize(kind, M, K, M);
   to.take(x, 0, M);
 }
 

@@ -80,6 +80,13 @@ void weights_at(const T* from, Floats& a, Floats& b) {
   b = weights_at<true>(from);
 }
 
+// Whether this processor multiplies pairs of bfloat16 and adds them to floats: twice as many as it multiplies floats.
+#ifdef __AVX512BF16__
+constexpr bool ROUNDS = true;
+#else
+constexpr bool ROUNDS = false;
+#endif
+
 constexpr int ROWS = 4, TOKENS = LANES == 16 ? 6 : 2;  // of a tile at most: its sums stay in registers
 // Bytes ahead of those being multiplied that are asked for, into the first cache: from the second one, which is as far as
 // requests for more go, four streams take a fifth longer.
@@ -94,9 +101,10 @@ struct Weights {  // rows, from one place to the next `apart` numbers
   Weights from(int64_t row) const { return {data + row * apart, apart}; }
 };
 
-// sums [M, R] of R rows of K weights with vectors first, …, first + M - 1. Meanwhile asks for so many rows of `asked`:
-// all R into the first cache, fewer into the second.
-template <class T, int R, int M, int asks>
+// sums [M, R] of R rows of K weights with vectors first, …, first + M - 1; `rounded`: of those that are bfloat16, which
+// are counted by themselves. Meanwhile asks for so many rows of `asked`: all R into the first cache, fewer into the
+// second.
+template <class T, bool rounded, int R, int M, int asks>
 void multiply_tile(const Weights<T>& rows, int64_t K, const Activations& x, int64_t first, const Weights<T>& asked,
                    float* sums) {
   constexpr int64_t step = 2 * LANES, line = 64 / sizeof(T);
@@ -109,7 +117,7 @@ void multiply_tile(const Weights<T>& rows, int64_t K, const Activations& x, int6
     for (int r = 0; r < R; r++) sum[m][r] = Floats{};
   }
   const float* by = x.values.data() + first * x.width;
-  const auto add_half = [&](auto second, const Weights<T>& from, int64_t at) {
+  const auto add_half = [&](auto second, const Weights<T>& from, int64_t at) __attribute__((always_inline)) {
     Floats w[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) w[r] = weights_at<second()>(from.data + r * from.apart);
@@ -123,7 +131,22 @@ void multiply_tile(const Weights<T>& rows, int64_t K, const Activations& x, int6
       for (int r = 0; r < R; r++) sum[m][r] += w[r] * one;
     }
   };
-  const auto add = [&](const Weights<T>& from, int64_t k) {
+  const auto add = [&](const Weights<T>& from, int64_t k) __attribute__((always_inline)) {
+#ifdef __AVX512BF16__
+    if constexpr (rounded) {
+      __m512bh w[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) w[r] = vector_at<__m512bh>(from.data + r * from.apart);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        __m512bh one = vector_at<__m512bh>(x.rounded.data() + (first + m) * x.width + k);
+        asm("" : "+v"(one));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum[m][r] = (Floats)_mm512_dpbf16_ps((__m512)sum[m][r], w[r], one);
+      }
+      return;
+    }
+#endif
     const int64_t even = permuted ? k / BLOCK * BLOCK + k % BLOCK / 2 : k, odd = even + (permuted ? BLOCK / 2 : LANES);
     add_half(std::false_type{}, from, even);
     add_half(std::true_type{}, from, odd);
@@ -155,14 +178,14 @@ void multiply_tile(const Weights<T>& rows, int64_t K, const Activations& x, int6
 }
 
 // The same for count <= M vectors: out[m * stride + r * ahead].
-template <int R, int asks, int M = TOKENS, class T>
+template <bool rounded, int R, int asks, int M = TOKENS, class T>
 void multiply_some(const Weights<T>& rows, const Activations& x, int64_t first, int64_t count, const Weights<T>& asked,
                    float* out, int64_t stride, int64_t ahead) {
   if constexpr (M > 1) {
-    if (count < M) return multiply_some<R, asks, M - 1>(rows, x, first, count, asked, out, stride, ahead);
+    if (count < M) return multiply_some<rounded, R, asks, M - 1>(rows, x, first, count, asked, out, stride, ahead);
   }
   float sums[R * M];
-  multiply_tile<T, R, M, asks>(rows, x.K, x, first, asked, sums);
+  multiply_tile<T, rounded, R, M, asks>(rows, x.K, x, first, asked, sums);
   for (int r = 0; r < R; r++) {
     for (int m = 0; m < M; m++) out[m * stride + r * ahead] = sums[m * R + r];
   }
@@ -171,22 +194,32 @@ void multiply_some(const Weights<T>& rows, const Activations& x, int64_t first, 
 // out[m * stride + n] = the product of row n < count and vector m. next: what is read afterwards.
 template <class T>
 void multiply_rows(const T* weights, const Activations& x, int64_t count, const T* next, float* out, int64_t stride) {
-  const int64_t K = x.K, tiles = (x.M + TOKENS - 1) / TOKENS, whole = count / ROWS * ROWS;
-  const auto each_tile = [&](const auto& f) {  // of about the same size each
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      const int64_t first = x.M * tile / tiles;
-      f(tile, first, x.M * (tile + 1) / tiles - first);
-    }
+  const auto tiles_of = [](int64_t vectors) { return (vectors + TOKENS - 1) / TOKENS; };
+  const int64_t K = x.K, whole = count / ROWS * ROWS, rest = x.M - x.exact;
+  // f(rounded, first, count, number) for tiles of about the same size each; out of all their vectors, `first` counts
+  // those of a kind.
+  const auto each_tile = [&](const auto& f) {
+    int64_t number = 0;
+    const auto go = [&](auto rounded, int64_t vectors) {
+      const int64_t tiles = tiles_of(vectors);
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t first = vectors * tile / tiles;
+        f(rounded, first, vectors * (tile + 1) / tiles - first, number++);
+      }
+    };
+    go(std::false_type{}, x.exact);
+    if constexpr (ROUNDS && sizeof(T) == 2) go(std::true_type{}, rest);
   };
-  if (tiles < ROWS) {
+  const auto to = [&](auto rounded, int64_t first) { return out + (rounded() ? x.exact + first : first) * stride; };
+  if (tiles_of(x.exact) + tiles_of(rest) < ROWS) {
     // Memory is what is waited for. Rows are read at four places far apart: it answers several streams faster than one.
     const int64_t apart = whole / ROWS;
     for (int64_t n = 0; n < apart; n++) {
       const Weights<T> rows{weights + n * K, apart * K}, asked{rows.data + NEAR / sizeof(T), rows.apart};
-      each_tile([&](int64_t tile, int64_t m, int64_t some) {
-        float* to = out + m * stride + n;
-        if (tile == 0) return multiply_some<ROWS, ROWS>(rows, x, m, some, asked, to, stride, apart);
-        multiply_some<ROWS, 0>(rows, x, m, some, asked, to, stride, apart);
+      each_tile([&](auto rounded, int64_t m, int64_t some, int64_t number) {
+        float* at = to(rounded, m) + n;
+        if (number == 0) return multiply_some<rounded(), ROWS, ROWS>(rows, x, m, some, asked, at, stride, apart);
+        multiply_some<rounded(), ROWS, 0>(rows, x, m, some, asked, at, stride, apart);
       });
     }
   } else {
@@ -197,18 +230,18 @@ void multiply_rows(const T* weights, const Activations& x, int64_t count, const 
       const int64_t start = fours * lot / lots * ROWS, stop = fours * (lot + 1) / lots * ROWS;
       const int64_t apart = (stop - start) / ROWS;
       Weights<T> asked{stop < whole ? weights + stop * K : next, K};
-      each_tile([&](int64_t, int64_t m, int64_t some) {
+      each_tile([&](auto rounded, int64_t m, int64_t some, int64_t) {
         for (int64_t n = start; n < start + apart; n++, asked = asked.from(1)) {
           const Weights<T> rows{weights + n * K, apart * K};
-          multiply_some<ROWS, 1>(rows, x, m, some, asked, out + m * stride + n, stride, apart);
+          multiply_some<rounded(), ROWS, 1>(rows, x, m, some, asked, to(rounded, m) + n, stride, apart);
         }
       });
     }
   }
   for (int64_t n = whole; n < count; n++) {
     const Weights<T> row{weights + n * K, 0};
-    each_tile([&](int64_t, int64_t m, int64_t some) {
-      multiply_some<1, 0>(row, x, m, some, row, out + m * stride + n, stride, 0);
+    each_tile([&](auto rounded, int64_t m, int64_t some, int64_t) {
+      multiply_some<rounded(), 1, 0>(row, x, m, some, row, to(rounded, m) + n, stride, 0);
     });
   }
 }

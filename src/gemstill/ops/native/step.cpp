@@ -267,10 +267,11 @@ Tensor step_network(std::vector<Tensor> weights, std::vector<int64_t> kinds, std
                                   [](void* x) { delete static_cast<Prepared*>(x); });
 }
 
-// The next tokens of a few texts, each with its slot and position. logits: [wanted, V] float. False, and nothing is
-// done, where a weight cannot be read in its place.
+// The next tokens of a few texts, each with its slot and position; what bfloat16 weights are multiplied with may be
+// rounded to bfloat16 from token `exact` on. logits: [wanted, V] float. False, and nothing is done, where a weight cannot
+// be read in its place.
 bool step(Tensor network, std::vector<int64_t> tokens, std::vector<int64_t> slots, std::vector<int64_t> positions,
-          std::vector<int64_t> wanted, Tensor logits) {
+          std::vector<int64_t> wanted, int64_t exact, Tensor logits) {
   Prepared& prepared = *static_cast<Prepared*>(network.data_ptr());
   if (!prepared.look()) return false;
   const int64_t n = int64_t(tokens.size());
@@ -278,7 +279,7 @@ bool step(Tensor network, std::vector<int64_t> tokens, std::vector<int64_t> slot
     STD_TORCH_CHECK(tokens[m] >= 0 && tokens[m] < prepared.network.V, "a token outside the vocabulary");
     STD_TORCH_CHECK(slots[m] >= 0 && slots[m] < prepared.slots, "no such slot");
   }
-  const Rows these{n, tokens.data(), slots.data(), positions.data(), wanted};
+  const Rows these{n, std::min(exact, n), tokens.data(), slots.data(), positions.data(), wanted};
   const int64_t threads = torch::stable::get_num_threads();
   Step job(prepared.network, these, pointer<float>(logits), threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { job.run({begin, end}); });
@@ -290,7 +291,8 @@ bool step(Tensor network, std::vector<int64_t> tokens, std::vector<int64_t> slot
 STABLE_TORCH_LIBRARY_FRAGMENT(gemstill, m) {
   m.def("step_network(Tensor[] weights, int[] kinds, Tensor[] cache, int[] windows, Tensor frequencies, int[] shape, "
         "float[] constants) -> Tensor");
-  m.def("step(Tensor network, int[] tokens, int[] slots, int[] positions, int[] wanted, Tensor(a!) logits) -> bool");
+  m.def("step(Tensor network, int[] tokens, int[] slots, int[] positions, int[] wanted, int exact, Tensor(a!) logits) "
+        "-> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemstill, CPU, m) {

@@ -64,9 +64,10 @@ inline void row_of(const Matrix& matrix, int64_t row, float* to) {
 // Vectors [n, K] as products with all kinds of matrices that there are take them.
 class Inputs {
  public:
-  void use(std::initializer_list<const Matrix*> matrices, int64_t n) {
+  // Those from `exact` on may be rounded.
+  void use(std::initializer_list<const Matrix*> matrices, int64_t n, int64_t exact) {
     for (const Matrix* matrix : matrices) {
-      vectors_[place(matrix->kind)].resize(matrix->kind, n, matrix->K);
+      vectors_[place(matrix->kind)].resize(matrix->kind, n, matrix->K, exact);
       used_[place(matrix->kind)] = true;
     }
   }
@@ -88,7 +89,7 @@ constexpr int64_t PART = 1 << 16;  // bytes of weights that a thread takes at le
 constexpr int64_t MEANWHILE = 1 << 18;  // bytes that it asks for at most while it waits for others
 
 struct Rows {  // the n tokens of a step: several of one slot follow one another
-  int64_t n;
+  int64_t n, exact;  // the first ones are multiplied as floats, whatever weights are
   const int64_t *tokens, *slots, *positions;
   std::vector<int64_t> wanted;  // those whose logits are asked for
 };
@@ -101,12 +102,13 @@ class Step {
     const Network& N = net_;
     const int64_t n = rows.n;
     for (const Layer& layer : N.layers) {
-      attention_in_.use({&layer.q, &layer.k, &layer.v}, n);
-      attention_out_.use({&layer.o}, n);
-      feed_forward_in_.use({&layer.gate, &layer.up}, n);
-      feed_forward_out_.use({&layer.down}, n);
+      attention_in_.use({&layer.q, &layer.k, &layer.v}, n, rows.exact);
+      attention_out_.use({&layer.o}, n, rows.exact);
+      feed_forward_in_.use({&layer.gate, &layer.up}, n, rows.exact);
+      feed_forward_out_.use({&layer.down}, n, rows.exact);
     }
-    head_in_.use({&N.head}, int64_t(rows.wanted.size()));
+    const int64_t wanted = int64_t(rows.wanted.size());
+    head_in_.use({&N.head}, wanted, wanted);
     for (const Layer& layer : N.layers) {
       if (plans_[layer.local].firsts.empty()) plans_[layer.local] = plan(rows, layer.window);
     }
