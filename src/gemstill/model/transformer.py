@@ -23,6 +23,7 @@ from gemstill.ops import flex
 from gemstill.ops.attention import AnyMask, attention, make_mask
 from gemstill.ops.fused import geglu, joint_linear, rms_norm, rotate, rotated_heads, split_heads
 from gemstill.ops.packed import Packed, no_training
+from gemstill.ops.tied import tied
 
 
 class RMSNorm(nn.Module):
@@ -56,6 +57,13 @@ class _Embedding(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         weight: Any = self.weight
         return weight.gather(tokens) if isinstance(weight, Packed) else super().forward(tokens)
+
+
+def _is_table(embedding: nn.Module) -> bool:
+    """Whether an embedding does nothing but look up rows of a tensor that a CPU has."""
+    # Elsewhere the order in which gradients of one row are added is not the same every time.
+    weight: Any = embedding.weight
+    return type(embedding) is _Embedding and isinstance(weight, Tensor) and weight.device.type == "cpu"
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -168,7 +176,7 @@ class Transformer(nn.Module):
                 continue
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(parameter.shape[1] ** -0.5))
 
     def train(self, mode: bool = True) -> Transformer:
         """As every module's. Raises Error for a quantized model, which is not trained."""
@@ -221,7 +229,11 @@ class Transformer(nn.Module):
         angles = rotary_angles(positions, self.config.head_dim, theta)
         local = self.config.rope_local_theta
         local_angles = angles if local is None else rotary_angles(positions, self.config.head_dim, local)
-        embedding = self.embed_tokens(tokens)
+        head: Any = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        if torch.is_grad_enabled() and self.lm_head is None and _is_table(self.embed_tokens):
+            embedding, head = tied(tokens, head)
+        else:
+            embedding = self.embed_tokens(tokens)
         x = embedding.to(self.compute_dtype or embedding.dtype)
         # The scale is rounded to the compute dtype, as the published weights were trained with it.
         x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
@@ -245,7 +257,6 @@ class Transformer(nn.Module):
                 x = run(layer, x, where, state, start)
         if cache is not None:
             cache.advance(documents)
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return (readout or logits)(self.norm(x), head, self.config.final_logit_softcap)
 
 

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from gemstill.ops.columns import Columns, choose
 from gemstill.ops.logits import CAST, Online, Sparse, cut, product, wide
 from gemstill.ops.packed import Packed, Weight, no_training
+from gemstill.ops.tied import given_away, is_tied
 
-ROWS = 512  # tokens whose raw logits are held at once, in the products' dtype
+ROWS = 512  # tokens whose raw logits are held at once, in the products' dtype; a teacher's count, too
 ELEMENTS = 1 << 22  # of raw logits held at once, where a small vocabulary lets them be of more tokens
 PART = 1 << 21  # elements of the head's gradient that one product makes: they stay in a processor's cache
 COLUMNS = 1 << 13  # of the vocabulary, summed at once: longer sums are no faster
@@ -87,11 +88,11 @@ def walk(
 
 def _rows(hidden: Tensor, head: Weight, job: Job) -> int:
     """How many tokens' logits are held at once."""
-    rows = max(ROWS, ELEMENTS // len(head))
-    if head.dtype == hidden.dtype != wide(hidden.dtype) and len(hidden) * job.sides <= rows + head.shape[1]:
+    held = max(ROWS, ELEMENTS // len(head))
+    if head.dtype == hidden.dtype != wide(hidden.dtype) and len(hidden) * job.sides <= held + head.shape[1]:
         # One block needs no wide sum of a narrow gradient: that memory may as well hold logits.
         return len(hidden)
-    return rows
+    return held // job.sides
 
 
 def _from_all(g: Tensor, head: Tensor, out: Tensor) -> None:
@@ -192,6 +193,7 @@ class Loss(torch.autograd.Function):
         losses, *gradients = walk(hidden, head, job, weight, want[0], want[1], seed)
         ctx.gradients = gradients if reduce else None
         ctx.job, ctx.weight, ctx.seed = job, weight, seed
+        ctx.tied = isinstance(head, Tensor) and is_tied(head)
         if isinstance(head, Tensor):  # a packed one has no way back
             ctx.save_for_backward(hidden, head)
         return losses.sum() if reduce else losses
@@ -213,4 +215,5 @@ class Loss(torch.autograd.Function):
             for part in gradients:
                 if part is not None:
                     part.mul_(grad.to(part.dtype))
-        return *gradients, None, None, None, None
+        d_hidden, d_head = gradients
+        return d_hidden, given_away(d_head) if ctx.tied and d_head is not None else d_head, None, None, None, None
