@@ -138,6 +138,25 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_the_end_of_a_blocks_mass_is_nothing_that_is_not_there(softcap, dtype):
+    """Where the sums of blocks and of their entries differ by rounding: neither padding nor what was taken out."""
+    vocab, rows = 300, 60
+    logits = (4 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3))).to(dtype)
+    parts = mass.Mass.of_logits(logits, 20, softcap)
+    values, ids = parts.largest(torch.full((rows, 1), 0.04))
+    parts.remove(ids, values > 0)
+    there = torch.ones(rows, parts.raw.shape[1], dtype=torch.bool)
+    there[:, vocab:] = False
+    row, slot = (values > 0).nonzero(as_tuple=True)
+    there[row, ids[row, slot]] = False
+    ends = parts.sums.cumsum(1) / parts.sums.sum(1, keepdim=True)
+    for past in (0.0, 1e-9, 1e-7):
+        picked = parts.pick((ends * (1 - past)).clamp(max=1 - 2.0**-40))
+        assert bool(there.gather(1, picked).all())
+
+
 def test_topk_is_renormalised_and_dense_is_everything():
     p = distributions(5, 30)
     draw = topk(p, 4)

@@ -67,7 +67,8 @@ class Mass:
         top, softcap, temperature = self.logits
         z = entries.float()
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        return (z / temperature - top[row].unsqueeze(-1)).exp()
+        e = (z / temperature - top[row].unsqueeze(-1)).exp()
+        return e.masked_fill_(entries == -torch.inf, 0.0)  # padding and what was taken out: a cap would give it some
 
     def ids(self, block: Tensor, offset: Tensor) -> Tensor:
         """The ids of the entries at these offsets in these blocks."""

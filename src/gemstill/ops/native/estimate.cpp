@@ -22,7 +22,8 @@ void block_mass_row(const T* raw, int64_t V, int64_t size, const Cap& cap, doubl
 #pragma omp simd
       for (int64_t l = 0; l < LANES; l++) {
         float steep;
-        const float e = power<false, precise>(value<capped, precise>(load(x[l]), cap, steep) - most);
+        const float z = load(x[l]), there = power<false, precise>(value<capped, precise>(z, cap, steep) - most);
+        const float e = z < -3.4e38f ? 0.0f : there;  // padding
         sum[l] += e;
         peak[l] = e > peak[l] ? e : peak[l];
       }
